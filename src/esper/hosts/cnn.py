@@ -1,0 +1,124 @@
+"""The CNN host: blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max-pooling, then an average and a linear head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper import keys as k
+from esper.hosts import init
+from esper.hosts.base import Site, Tree
+
+_SITE_NAMES = ("early", "mid", "late")
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class CNNHost:
+    """Convolutional classifier of any depth from three blocks on (plan step 2).
+
+    Block `i` has `base_channels * 2**i` channels and is followed by pooling when `i < pool_layers` (default: every block).
+    Slots early, mid and late lie after blocks 1, 2 and 3, behind the pooling. Inputs are `[B, in_channels, H, W]`.
+    """
+
+    in_channels: int
+    num_classes: int
+    base_channels: int
+    n_blocks: int = 3
+    pool_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_blocks < len(_SITE_NAMES):
+            raise ValueError(f"n_blocks: {self.n_blocks}; a CNN host needs at least {len(_SITE_NAMES)} blocks")
+        if self.pool_layers is not None and not 0 <= self.pool_layers <= self.n_blocks:
+            raise ValueError(f"pool_layers: {self.pool_layers}; legal is 0 to n_blocks = {self.n_blocks}")
+
+    @property
+    def topology(self) -> str:
+        return "cnn"
+
+    @property
+    def depth(self) -> int:
+        return self.n_blocks
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(name, i + 1, self.channels(i)) for i, name in enumerate(_SITE_NAMES))
+
+    def channels(self, block: int) -> int:
+        """Output channels of a block."""
+        return self.base_channels * 2**block
+
+    def init(self, keys: Tensor, dtype: torch.dtype = torch.float32) -> tuple[TensorDict, TensorDict]:
+        n = list(keys.shape)
+        blocks, statistics = {}, {}
+        in_channels = self.in_channels
+        for i in range(self.n_blocks):
+            c = self.channels(i)
+            blocks[str(i)] = {
+                "conv": {"weight": init.conv_weight(k.fold(keys, i), c, in_channels, 3, dtype)},
+                "norm": {
+                    "weight": init.constant(keys, (c,), 1.0, dtype),
+                    "bias": init.constant(keys, (c,), 0.0, dtype),
+                },
+            }
+            statistics[str(i)] = {
+                "mean": init.constant(keys, (c,), 0.0, dtype),
+                "var": init.constant(keys, (c,), 1.0, dtype),
+            }
+            in_channels = c
+        head_key = k.fold(keys, self.n_blocks)
+        head = {
+            "weight": init.linear_weight(head_key, self.num_classes, in_channels, dtype),
+            "bias": init.linear_bias(k.fold(head_key, 1), self.num_classes, in_channels, dtype),
+        }
+        return (
+            TensorDict({"blocks": blocks, "head": head}, batch_size=n).auto_batch_size_(len(n)),
+            TensorDict({"blocks": statistics}, batch_size=n).auto_batch_size_(len(n)),
+        )
+
+    def embed(self, params: Tree, x: Tensor, key: Tensor | None = None) -> Tensor:
+        return x
+
+    def run_blocks(
+        self,
+        params: Tree,
+        statistics: Tree,
+        h: Tensor,
+        start: int,
+        stop: int,
+        *,
+        momentum: float | None,
+        key: Tensor | None = None,
+    ) -> tuple[Tensor, Tree]:
+        updated = dict(statistics["blocks"])
+        pooled = self.n_blocks if self.pool_layers is None else self.pool_layers
+        for i in range(start, stop):
+            block, moving = params["blocks"][str(i)], updated[str(i)]
+            mean, var = moving["mean"], moving["var"]
+            if momentum is not None:
+                # batch_norm writes into its running statistics; clones keep the function pure, also under vmap.
+                mean, var = mean.clone(), var.clone()
+                updated[str(i)] = {"mean": mean, "var": var}
+            h = F.conv2d(h, block["conv"]["weight"], padding=1)
+            h = F.batch_norm(
+                h,
+                mean,
+                var,
+                block["norm"]["weight"],
+                block["norm"]["bias"],
+                training=momentum is not None,
+                momentum=momentum or 0.0,
+                eps=_EPS,
+            )
+            h = F.relu(h)
+            if i < pooled:
+                h = F.max_pool2d(h, 2)
+        return h, {"blocks": updated}
+
+    def head(self, params: Tree, h: Tensor) -> Tensor:
+        return F.linear(h.mean(dim=(2, 3)), params["head"]["weight"], params["head"]["bias"])

@@ -1,0 +1,85 @@
+"""How a seed enters the forward value: ramps of alpha, the learned gate, and the graft itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper import keys as k
+from esper.hosts import init
+from esper.hosts.base import Tree
+from esper.seeds.stages import BLENDS
+
+_STEEPNESS = 12.0
+GATED = BLENDS.index("gated")
+SIGMOID = BLENDS.index("sigmoid")
+
+
+def _logistic(x: Tensor | float) -> Tensor:
+    return torch.sigmoid(torch.as_tensor(x, dtype=torch.float64))
+
+
+def ramp(step: Tensor, total: int, blend: Tensor) -> Tensor:
+    """Alpha after `step` of `total` blending epochs; exactly 0 at step 0 and exactly 1 at the last.
+
+    Linear and gated blends rise in a straight line; the sigmoid of steepness 12 is rescaled so that it meets both ends
+    (the raw curve stops at 0.9975). Shapes of `step` and `blend` broadcast; float32.
+    """
+    progress = (step.to(torch.float64) / max(1, total)).clamp(0.0, 1.0)
+    low, high = _logistic(-_STEEPNESS / 2), _logistic(_STEEPNESS / 2)
+    curve = (torch.sigmoid(_STEEPNESS * (progress - 0.5)) - low.to(progress.device)) / (high - low).to(progress.device)
+    alpha = torch.where(blend == SIGMOID, curve, progress)
+    alpha = torch.where(progress >= 1.0, torch.ones_like(alpha), alpha)
+    return torch.where(progress <= 0.0, torch.zeros_like(alpha), alpha).to(torch.float32)
+
+
+def gate_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
+    """Parameters of the gate of the gated blend: C -> max(1, C // 4) -> 1, leaves `[N, ...]`."""
+    hidden = max(1, channels // 4)
+    return TensorDict(
+        {
+            "hidden": {
+                "weight": init.linear_weight(k.fold(keys, 0), hidden, channels, dtype),
+                "bias": init.linear_bias(k.fold(keys, 1), hidden, channels, dtype),
+            },
+            "out": {
+                "weight": init.linear_weight(k.fold(keys, 2), 1, hidden, dtype),
+                "bias": init.linear_bias(k.fold(keys, 3), 1, hidden, dtype),
+            },
+        },
+        batch_size=keys.shape,
+    ).auto_batch_size_(keys.dim())
+
+
+def gate_parameter_count(channels: int) -> int:
+    """Trainable parameters of a gate."""
+    hidden = max(1, channels // 4)
+    return hidden * channels + hidden + hidden + 1
+
+
+def gate(params: Tree, h: Tensor) -> Tensor:
+    """The gate's value in (0, 1), broadcastable to `h`.
+
+    Images `[B, C, H, W]` are pooled over space and get one value each; sequences `[B, L, C]` get one value for each
+    position from that position's features alone, so a gated blend never looks ahead.
+    """
+    pooled = h.mean(dim=(-2, -1)) if h.dim() == 4 else h
+    hidden = F.relu(F.linear(pooled, params["hidden"]["weight"], params["hidden"]["bias"]))
+    value = torch.sigmoid(F.linear(hidden, params["out"]["weight"], params["out"]["bias"]))
+    return value[..., None, None] if h.dim() == 4 else value
+
+
+def straight_through(h: Tensor, s: Tensor) -> Tensor:
+    """The value of `h` with the full output gradient flowing to `s` as well.
+
+    A non-finite seed must not touch its host: where `s` is not finite the added term is a constant zero.
+    """
+    echo = torch.where(torch.isfinite(s), s - s.detach(), torch.zeros_like(s))
+    return h + echo.to(h.dtype)
+
+
+def blend(h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
+    """`h + alpha (s - h)`; unlike `lerp` it accepts a seed that autocast left in another dtype."""
+    return h + alpha.to(h.dtype) * (s.to(h.dtype) - h)

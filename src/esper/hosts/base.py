@@ -1,7 +1,8 @@
 """What a host is: pure functions over one host's parameters.
 
-Parameters and statistics are nested mappings of tensors without the leading `N`; executors add it by looping or with vmap.
-A host is a frozen record of its shape, so it can be a key of a cache and a static argument of a compiled function.
+Parameters and statistics are nested mappings of tensors without the leading `N`; executors add it by looping or with
+vmap. A host is a frozen record of its shape, so it can be a key of a cache and a static argument of a compiled
+function.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Host(Protocol):
         momentum: float | None,
         key: Tensor | None = None,
     ) -> tuple[Tensor, Tree]:
-        """Blocks `start ... stop - 1`. `momentum` None evaluates with `statistics`; a number normalises by the batch and
-        returns statistics moved by that share (1.0 replaces them). Returns the features and all statistics."""
+        """Blocks `start ... stop - 1`. `momentum` None evaluates with `statistics`; a number normalises by the batch
+        and returns statistics moved by that share (1.0 replaces them). Returns the features and all statistics."""
         ...
 
     def head(self, params: Tree, h: Tensor) -> Tensor:

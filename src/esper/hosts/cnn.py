@@ -21,8 +21,9 @@ _EPS = 1e-5
 class CNNHost:
     """Convolutional classifier of any depth from three blocks on (plan step 2).
 
-    Block `i` has `base_channels * 2**i` channels and is followed by pooling when `i < pool_layers` (default: every block).
-    Slots early, mid and late lie after blocks 1, 2 and 3, behind the pooling. Inputs are `[B, in_channels, H, W]`.
+    Block `i` has `base_channels * 2**i` channels and is followed by pooling when `i < pool_layers` (default: every
+    block). Slots early, mid and late lie after blocks 1, 2 and 3, behind the pooling. Inputs are `[B, in_channels, H,
+    W]`.
     """
 
     in_channels: int

@@ -1,0 +1,97 @@
+"""The interface of executors: how the pure per-host forward is run over the hosts of one device.
+
+An epoch is a conversation: `begin` takes the growth state and the plan, `train_step` is called once per batch, `finish`
+returns the new growth state with what was measured. Evaluation has the same three parts. Between `begin` and `finish`
+the carry belongs to the executor, which may update it in place (a loop over tensors, the static buffers of a captured
+graph); the growth state passed to `begin` is never touched. Every executor gives the same numbers; tests compare them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.growth.plan import Plan
+
+Carry = Any
+"""What an executor keeps between the calls of one epoch."""
+
+
+class Executor(Protocol):
+    """See the module docstring. `growth` is a TensorDict `[N]` as in `docs/design.md`, section 2."""
+
+    def begin(self, growth: TensorDict, plan: Plan) -> Carry:
+        """Start an epoch of training."""
+        ...
+
+    def train_step(
+        self, carry: Carry, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
+    ) -> Carry:
+        """One SGD step of every host on `x` `[N, B, ...]`, `y` `[N, B, ...]` with learning rates `[N]` (CPU float64).
+
+        `keys` `[N]` draw dropout. `measure` asks for the gradient norms of this batch.
+        """
+        ...
+
+    def finish(self, carry: Carry, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """The new growth state (the one passed to `begin`, trained) and the measurements of `empty_measurements`."""
+        ...
+
+    def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Carry:
+        """Start scoring every coalition of each host's live slots.
+
+        `calibration` `[B, ...]` is the batch on which each coalition's BatchNorm statistics are estimated anew; None
+        scores with the running ones. The growth state's own statistics never change.
+        """
+        ...
+
+    def evaluate_step(self, carry: Carry, x: Tensor, y: Tensor) -> Carry:
+        """Score one batch `x` `[B, ...]`, `y` `[B, ...]`, the same for every host."""
+        ...
+
+    def finish_evaluation(self, carry: Carry) -> TensorDict:
+        """The scores of `empty_scores`."""
+        ...
+
+
+def empty_measurements(n_hosts: int, n_slots: int, device: torch.device | None = None) -> TensorDict:
+    """What training measures, `[N]`: `loss` (mean over batches), `correct` and `seen` counts, `host_norm` and, per slot
+    `[N, S]`, `seed_norm`, `seed_health`: L2 norms of the last batch's gradients and the share of healthy tensors."""
+    return TensorDict(
+        {
+            "loss": torch.zeros(n_hosts, dtype=torch.float64, device=device),
+            "correct": torch.zeros(n_hosts, dtype=torch.int64, device=device),
+            "seen": torch.zeros(n_hosts, dtype=torch.int64, device=device),
+            "host_norm": torch.full((n_hosts,), float("nan"), dtype=torch.float64, device=device),
+            "seed_norm": torch.full((n_hosts, n_slots), float("nan"), dtype=torch.float64, device=device),
+            "seed_health": torch.full((n_hosts, n_slots), float("nan"), dtype=torch.float64, device=device),
+        },
+        batch_size=[n_hosts],
+    )
+
+
+def empty_scores(n_hosts: int, n_slots: int, device: torch.device | None = None) -> TensorDict:
+    """What evaluation counts, `[N]`: `loss` (sum over samples, all live slots on), `correct` `[N, 2**S]` by coalition
+    (bit `j` = slot `j`), `differ` `[N, S]` (samples on which leaving the slot out changes right to wrong or back),
+    `seen`. A coalition with slots that are not live counts as the one without them."""
+    return TensorDict(
+        {
+            "loss": torch.zeros(n_hosts, dtype=torch.float64, device=device),
+            "correct": torch.zeros(n_hosts, 2**n_slots, dtype=torch.int64, device=device),
+            "differ": torch.zeros(n_hosts, n_slots, dtype=torch.int64, device=device),
+            "seen": torch.zeros(n_hosts, dtype=torch.int64, device=device),
+        },
+        batch_size=[n_hosts],
+    )
+
+
+def gradient_health(vanishing: Tensor, exploding: Tensor) -> Tensor:
+    """1 - 0.5 (share of vanishing tensors) - 0.8 (share of exploding tensors), clipped to 0..1."""
+    return (1.0 - 0.5 * vanishing - 0.8 * exploding).clamp(0.0, 1.0)
+
+
+VANISHING_NORM = 1e-7
+EXPLODING_NORM = 100.0

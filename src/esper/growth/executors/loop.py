@@ -1,0 +1,297 @@
+"""The loop executor: one host after the other, each on one core. The fastest way on a CPU, and the oracle.
+
+Convolutions of many small hosts gain nothing from batching on a CPU (they are bound by arithmetic and large
+temporaries cost page faults), so hosts stay separate, in channels_last layout, and are spread over worker threads
+with one intra-op thread each. A host's numbers therefore never depend on how many others there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.growth import optim
+from esper.growth.executors import base
+from esper.growth.forward import (
+    BATCHNORM_MOMENTUM,
+    coalition_logits,
+    correct,
+    forward,
+    mean_loss,
+    shadow_loss,
+    tensor_norms,
+)
+from esper.growth.plan import HostPlan, Plan, SlotPlan, live_slots
+from esper.growth.spec import GrowthSpec
+from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
+from esper.hosts.base import Tree
+from esper.seeds.bank import write
+
+
+@dataclass
+class _Training:
+    """One host's share of the carry."""
+
+    plan: HostPlan
+    params: dict[str, Any]
+    statistics: Tree
+    moments: list[Tensor]
+    seeds: list[dict[str, Any] | None]
+    seed_moments: list[list[Tensor]]
+    alpha: list[Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+    norms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Scoring:
+    plan: HostPlan
+    params: Tree
+    statistics: Tree
+    seeds: list[dict[str, Any] | None]
+    alpha: list[Tensor]
+    branch_statistics: dict[tuple[int, int], Tree] = field(default_factory=dict)
+    loss: float = 0.0
+    correct: dict[int, int] = field(default_factory=dict)
+    differ: dict[int, int] = field(default_factory=dict)
+    seen: int = 0
+
+
+@lru_cache(maxsize=4)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(
+        workers, thread_name_prefix="esper-hosts", initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+@dataclass(frozen=True)
+class LoopExecutor:
+    """Runs hosts one by one on `workers` threads; see `Executor` for the contract."""
+
+    spec: GrowthSpec
+    workers: int = 1
+
+    def begin(self, growth: TensorDict, plan: Plan) -> list[_Training]:
+        host, bank = growth["host"], growth["seeds"]
+
+        def start(i: int) -> _Training:
+            params = tree_map(_leaf, as_tree(host["params"][i]))
+            seeds, moments = [], []
+            for slot, entry in zip(self.spec.slots, plan[i], strict=True):
+                kind = None if entry is None else bank[slot, entry.blueprint][i]
+                seeds.append(None if kind is None else tree_map(_leaf, as_tree(kind["params"])))
+                moments.append([] if kind is None else [m.clone() for m in leaves(as_tree(kind["moments"]))])
+            return _Training(
+                plan[i],
+                params,
+                as_tree(host["statistics"][i]),
+                [m.clone() for m in leaves(as_tree(host["moments"][i]))],
+                seeds,
+                moments,
+                list(growth["slots", "alpha"][i].to(leaves(params)[0].dtype)),
+            )
+
+        return [start(i) for i in range(len(plan))]
+
+    def train_step(
+        self,
+        carry: list[_Training],
+        x: Tensor,
+        y: Tensor,
+        host_lr: Tensor,
+        seed_lr: Tensor,
+        keys: Tensor,
+        measure: bool,
+    ) -> list[_Training]:
+        rates, seed_rates = host_lr.tolist(), seed_lr.tolist()
+        self._each(
+            lambda i: _train_host(self.spec, carry[i], _layout(x[i]), y[i], rates[i], seed_rates[i], keys[i], measure),
+            len(carry),
+        )
+        return carry
+
+    def finish(self, carry: list[_Training], growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+        n = len(carry)
+        host = TensorDict(
+            {
+                "params": _stack([c.params for c in carry]),
+                "statistics": _stack([c.statistics for c in carry]),
+                "moments": _stack([like(c.params, iter(c.moments)) for c in carry]),
+            },
+            batch_size=[n],
+        )
+        bank = growth["seeds"]
+        for j, slot in enumerate(self.spec.slots):
+            for name in self.spec.blueprints:
+                rows = [i for i, c in enumerate(carry) if _blueprint(c.plan[j]) == name]
+                if rows:
+                    value = {
+                        "params": _stack([carry[i].seeds[j] for i in rows]),
+                        "moments": _stack([like(carry[i].seeds[j], iter(carry[i].seed_moments[j])) for i in rows]),
+                    }
+                    bank = write(bank, (slot, name), torch.tensor(rows), TensorDict(value, batch_size=[len(rows)]))
+        return growth.clone(recurse=False).update({"host": host, "seeds": bank}), _measurements(carry)
+
+    def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> list[_Scoring]:
+        host, bank = growth["host"], growth["seeds"]
+        x = None if calibration is None else _layout(calibration)
+        carry: list[_Scoring] = []
+        for i, row in enumerate(plan):
+            seeds = [
+                None if entry is None else as_tree(bank[slot, entry.blueprint, "params"][i])
+                for slot, entry in zip(self.spec.slots, row, strict=True)
+            ]
+            params = as_tree(host["params"][i])
+            alpha = list(growth["slots", "alpha"][i].to(leaves(params)[0].dtype))
+            carry.append(_Scoring(row, params, as_tree(host["statistics"][i]), seeds, alpha))
+        if x is not None:
+            self._each(lambda i: _calibrate_host(self.spec, carry[i], x), len(carry))
+        return carry
+
+    def evaluate_step(self, carry: list[_Scoring], x: Tensor, y: Tensor) -> list[_Scoring]:
+        x = _layout(x)
+        self._each(lambda i: _score_host(self.spec, carry[i], x, y), len(carry))
+        return carry
+
+    def finish_evaluation(self, carry: list[_Scoring]) -> TensorDict:
+        n_slots = len(self.spec.slots)
+        scores = base.empty_scores(len(carry), n_slots)
+        for i, c in enumerate(carry):
+            live = sum(1 << j for j in live_slots(c.plan))
+            scores["loss"][i], scores["seen"][i] = c.loss, c.seen
+            for members in range(2**n_slots):
+                scores["correct"][i, members] = c.correct[members & live]
+            for j, count in c.differ.items():
+                scores["differ"][i, j] = count
+        return scores
+
+    def _each(self, work: Callable[[int], None], n: int) -> None:
+        """Run `work` for every host; errors surface here."""
+        if self.workers == 1:
+            for i in range(n):
+                work(i)
+        else:
+            list(_pool(self.workers).map(work, range(n)))
+
+
+def _blueprint(entry: SlotPlan | None) -> str | None:
+    return None if entry is None else entry.blueprint
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def _layout(x: Tensor) -> Tensor:
+    """Images in channels_last, where CPU convolutions are fastest; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _stack(trees: Sequence[Any]) -> TensorDict:
+    stacked = [torch.stack(group).detach() for group in zip(*(leaves(tree) for tree in trees), strict=True)]
+    return as_tensordict(like(trees[0], iter(stacked)), [len(trees)])
+
+
+def _train_host(
+    spec: GrowthSpec, host: _Training, x: Tensor, y: Tensor, lr: float, seed_lr: float, key: Tensor, measure: bool
+) -> None:
+    plan, learning = host.plan, _learning(host.plan)
+    logits, statistics = forward(
+        spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, momentum=BATCHNORM_MOMENTUM, key=key
+    )
+    loss = mean_loss(logits, y)
+    total = loss + shadow_loss(spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, y, key)
+    host_leaves = leaves(host.params)
+    seed_leaves = [leaves(host.seeds[j]) for j in learning]
+    wanted = host_leaves + [leaf for group in seed_leaves for leaf in group]
+    grads = list(torch.autograd.grad(total, wanted, materialize_grads=True))
+    host_grads, seed_grads = grads[: len(host_leaves)], []
+    start = len(host_leaves)
+    for group in seed_leaves:
+        seed_grads.append(grads[start : start + len(group)])
+        start += len(group)
+    with torch.no_grad():
+        if measure:
+            host.norms = {
+                "host": tensor_norms(host_grads),
+                **dict(zip(learning, map(tensor_norms, seed_grads), strict=True)),
+            }
+        params, host.moments = optim.sgd(
+            host_leaves, host_grads, host.moments, lr, momentum=spec.momentum, weight_decay=spec.host_weight_decay
+        )
+        host.params = like(host.params, (p.requires_grad_() for p in params))
+        for j, group, group_grads in zip(learning, seed_leaves, seed_grads, strict=True):
+            params, host.seed_moments[j] = optim.sgd(
+                group,
+                group_grads,
+                host.seed_moments[j],
+                seed_lr,
+                momentum=spec.momentum,
+                weight_decay=spec.seed_weight_decay,
+            )
+            host.seeds[j] = like(host.seeds[j], (p.requires_grad_() for p in params))
+    host.statistics = statistics
+    host.losses.append(loss.detach())
+    host.correct.append(correct(logits, y).sum())
+    host.seen += y.numel()
+
+
+def _learning(plan: HostPlan) -> list[int]:
+    return [j for j, entry in enumerate(plan) if entry is not None and not entry.frozen]
+
+
+def _calibrate_host(spec: GrowthSpec, host: _Scoring, x: Tensor) -> None:
+    """Estimate the statistics of every branch of the coalition tree on one batch."""
+
+    def segment(level: int, members: int, h: Tensor, start: int, stop: int) -> Tensor:
+        h, statistics = spec.host.run_blocks(host.params, host.statistics, h, start, stop, momentum=1.0)
+        host.branch_statistics[level, members] = statistics
+        return h
+
+    with torch.no_grad():
+        coalition_logits(spec, host.plan, host.params, host.seeds, host.alpha, x, segment)
+
+
+def _score_host(spec: GrowthSpec, host: _Scoring, x: Tensor, y: Tensor) -> None:
+    def segment(level: int, members: int, h: Tensor, start: int, stop: int) -> Tensor:
+        statistics = host.branch_statistics.get((level, members), host.statistics)
+        return spec.host.run_blocks(host.params, statistics, h, start, stop, momentum=None)[0]
+
+    with torch.no_grad():
+        logits = coalition_logits(spec, host.plan, host.params, host.seeds, host.alpha, x, segment)
+        live = live_slots(host.plan)
+        everyone = sum(1 << j for j in live)
+        right = {members: correct(out, y) for members, out in logits.items()}
+        for members, hits in right.items():
+            host.correct[members] = host.correct.get(members, 0) + int(hits.sum())
+        for j in live:
+            changed = int((right[everyone] != right[everyone & ~(1 << j)]).sum())
+            host.differ[j] = host.differ.get(j, 0) + changed
+        host.loss += float(mean_loss(logits[everyone], y)) * y.numel()
+        host.seen += y.numel()
+
+
+def _measurements(carry: list[_Training]) -> TensorDict:
+    result = base.empty_measurements(len(carry), len(carry[0].plan))
+    for i, c in enumerate(carry):
+        result["loss"][i] = torch.stack(c.losses).double().mean()
+        result["correct"][i] = torch.stack(c.correct).sum()
+        result["seen"][i] = c.seen
+        for which, norms in c.norms.items():
+            if which == "host":
+                result["host_norm"][i] = norms.norm()
+            else:
+                result["seed_norm"][i, which] = norms.norm()
+                result["seed_health"][i, which] = base.gradient_health(
+                    (norms < base.VANISHING_NORM).double().mean(), (norms > base.EXPLODING_NORM).double().mean()
+                )
+    return result

@@ -1,0 +1,54 @@
+"""What a run fixes about growing: the host, its slots, what can be planted, and how all of it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from esper.hosts.base import Host, Site, site
+from esper.seeds.blueprints import registry
+from esper.seeds.blueprints.registry import Blueprint
+from esper.seeds.lifecycle import LifecycleRules
+
+
+@dataclass(frozen=True)
+class GrowthSpec:
+    """Static facts of a run; hashable, shared by every function that grows hosts.
+
+    `slots` are in forward order; `blueprints` are the names the controller may plant, in the order of its blueprint
+    head. Learning rates are per epoch of the schedule and live in the state (`rates`), because hosts may differ in
+    them.
+    """
+
+    host: Host
+    slots: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    rules: LifecycleRules
+    momentum: float = 0.9
+    host_weight_decay: float = 5e-4
+    seed_weight_decay: float = 0.0
+    lr_schedule: str = "cosine"
+    freeze_fossils: bool = False
+    coalition_statistics: str = "recalibrated"
+    amp: str = "off"
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The run's slots as places in the host, in forward order."""
+        places = tuple(site(self.host, name) for name in self.slots)
+        if [p.boundary for p in places] != sorted({p.boundary for p in places}):
+            raise ValueError(f"slots: {self.slots}; must be distinct and in forward order")
+        return places
+
+    @cached_property
+    def kinds(self) -> tuple[Blueprint, ...]:
+        """The blueprints themselves."""
+        return tuple(registry.get(self.host.topology, name) for name in self.blueprints)
+
+    @cached_property
+    def host_parameters(self) -> int:
+        """Trainable parameters of one ungrown host."""
+        params, _ = self.host.init(torch.zeros(1, dtype=torch.int64))
+        return sum(leaf.numel() for leaf in params.values(include_nested=True, leaves_only=True))

@@ -1,0 +1,95 @@
+"""The seed bank: parameters and moments of every possible seed, `[N, ...]` per (slot, blueprint).
+
+Storage covers every blueprint, computation never does: executors gather what a plan needs. Seeds that do not exist are
+zero, with zero moments, so that nothing can leak from one seed to the next one planted in the same place.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper import keys as k
+from esper.hosts.base import Host, site
+from esper.keys import Purpose
+from esper.seeds import blending
+from esper.seeds.blueprints import registry
+
+
+def fresh_seed(host: Host, slot: str, blueprint: str, keys: Tensor, dtype: torch.dtype) -> TensorDict:
+    """Initial parameters `{body, gate}` of one kind of seed for `keys` `[N]`."""
+    channels = site(host, slot).channels
+    return TensorDict(
+        {
+            "body": registry.get(host.topology, blueprint).init(k.fold(keys, 0), channels, dtype),
+            "gate": blending.gate_init(k.fold(keys, 1), channels, dtype),
+        },
+        batch_size=keys.shape,
+    )
+
+
+def empty_bank(
+    host: Host, slots: tuple[str, ...], blueprints: tuple[str, ...], keys: Tensor, dtype: torch.dtype
+) -> TensorDict:
+    """A bank without seeds."""
+    n = keys.shape
+    bank = {}
+    for slot in slots:
+        kinds = {}
+        for name in blueprints:
+            params = torch.zeros_like(fresh_seed(host, slot, name, keys, dtype))
+            kinds[name] = TensorDict({"params": params, "moments": params.clone()}, batch_size=n)
+        bank[slot] = TensorDict(kinds, batch_size=n)
+    return TensorDict(bank, batch_size=n)
+
+
+def seed_keys(host_key: Tensor, slot_index: int, planted: Tensor) -> Tensor:
+    """Keys `[N]` of the seed that was the `planted`-th in this slot."""
+    return k.fold(host_key, Purpose.SEED, slot_index, planted)
+
+
+def plant(
+    bank: TensorDict,
+    host: Host,
+    slots: tuple[str, ...],
+    blueprints: tuple[str, ...],
+    germinated: Tensor,
+    records: TensorDict,
+    host_key: Tensor,
+) -> TensorDict:
+    """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other leaf keeps its bits."""
+    for j, slot in enumerate(slots):
+        for b, name in enumerate(blueprints):
+            rows = (germinated[:, j] & (records["blueprint"][:, j] == b)).nonzero().squeeze(1)
+            if rows.numel() == 0:
+                continue
+            keys = seed_keys(host_key[rows], j, records["planted"][rows, j])
+            dtype = next(iter(bank[slot, name].values(True, True))).dtype
+            fresh = fresh_seed(host, slot, name, keys, dtype)
+            planted = TensorDict({"params": fresh, "moments": torch.zeros_like(fresh)}, batch_size=keys.shape)
+            bank = write(bank, (slot, name), rows, planted)
+    return bank
+
+
+def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor) -> TensorDict:
+    """Zero every seed of the slots where `removed` `[N, S]`."""
+    for j, slot in enumerate(slots):
+        rows = removed[:, j].nonzero().squeeze(1)
+        if rows.numel() == 0:
+            continue
+        for name in list(bank[slot].keys()):
+            bank = write(bank, (slot, name), rows, torch.zeros_like(bank[slot, name][rows]))
+    return bank
+
+
+def write(bank: TensorDict, address: tuple[str, str], rows: Tensor, value: TensorDict) -> TensorDict:
+    """A bank that differs from `bank` in the rows of one entry; untouched entries are shared, not copied."""
+    entry = bank[address].clone()
+    entry[rows] = value
+    slot, name = address
+    kinds = bank[slot].clone(recurse=False)
+    kinds[name] = entry
+    result = bank.clone(recurse=False)
+    result[slot] = kinds
+    return result

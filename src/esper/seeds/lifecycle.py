@@ -1,0 +1,260 @@
+"""The life of a seed as pure functions over slot records `[N, S]` (plan steps 2 to 4 and 6).
+
+The order inside one environment step: `apply_action` (what the controller asked for), then an epoch of training and
+validation whose measurements enter through `record_epoch`, then `tick` (what happens by itself). Every stage change
+goes through `_enter`, so every path keeps the same books.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.seeds import blending, gates, stages
+from esper.seeds.actions import BLEND, BLUEPRINT, OP, SLOT, Op
+from esper.seeds.slots import empty_records
+from esper.seeds.stages import Stage
+
+
+@dataclass(frozen=True)
+class LifecycleRules:
+    """What a run fixes about its seeds' lives. Durations are epochs; horizons scale with `max_epochs`."""
+
+    max_epochs: int
+    blending_epochs: int = stages.BLENDING_EPOCHS
+    train_to_blend_fraction: float = 0.1
+    strict_gates: bool = True
+    incubation: str = "straight_through"
+    embargo_epochs: int = 0
+    max_seeds: int | None = None
+
+    @property
+    def dwell(self) -> int:
+        return stages.dwell_epochs(self.max_epochs, self.train_to_blend_fraction)
+
+    @property
+    def probation(self) -> int:
+        return stages.probation_epochs(self.max_epochs)
+
+
+def put(records: TensorDict, mask: Tensor, **values: Tensor | float | int | bool) -> TensorDict:
+    """Records with `values` written where `mask` `[N, S]` is True."""
+    changed = {}
+    for name, value in values.items():
+        old = records[name]
+        new = value if isinstance(value, Tensor) else torch.full_like(old, value)
+        changed[name] = torch.where(mask, new.to(old.dtype), old)
+    return records.clone(recurse=False).update(changed)
+
+
+def _enter(records: TensorDict, mask: Tensor, stage: Stage) -> TensorDict:
+    """Move the masked slots to `stage` and start its books."""
+    return put(
+        records,
+        mask,
+        previous_stage=records["stage"],
+        previous_epochs_in_stage=records["epochs_in_stage"],
+        stage=stage,
+        epochs_in_stage=0,
+        accuracy_at_stage_start=records["accuracy_current"],
+    )
+
+
+def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) -> TensorDict:
+    records = _enter(records, mask, Stage.BLENDING)
+    step = torch.ones_like(records["ramp_step"])
+    return put(
+        records,
+        mask,
+        ramp_step=step,
+        alpha=blending.ramp(step, rules.blending_epochs, records["blend"]),
+        accuracy_at_blending_start=records["accuracy_current"],
+    )
+
+
+def _clear(records: TensorDict, mask: Tensor) -> TensorDict:
+    """Empty the masked slots; only the number of seeds ever planted survives."""
+    blank = empty_records(*records.batch_size, device=records.device)
+    blank["planted"] = records["planted"]
+    return torch.where(mask, blank, records)
+
+
+def _cull(records: TensorDict, mask: Tensor) -> TensorDict:
+    """The masked seeds are gone: the slot shows CULLED until the tick walks it on."""
+    blank = put(_clear(records, mask), mask, previous_epochs_in_stage=records["epochs_in_stage"])
+    return put(blank, mask, stage=Stage.CULLED, previous_stage=records["stage"])
+
+
+def apply_action(
+    records: TensorDict,
+    action: Tensor,
+    rules: LifecycleRules,
+    parameters: Tensor,
+    accuracy: Tensor,
+    active: Tensor | None = None,
+) -> tuple[TensorDict, TensorDict]:
+    """Carry out one action per host.
+
+    Args:
+        records: `[N, S]`.
+        action: int64 `[N, 4]` in the order of `HEADS`; the slot is an index of the run's slots, -1 for none of them.
+        rules: the run's rules.
+        parameters: int64 `[S, blueprints, blends]`, trainable parameters of each possible seed.
+        accuracy: `[N]` last validation accuracy, percentage points.
+        active: bool `[N]`, hosts whose action counts (default: all).
+
+    Returns:
+        The new records and the outcome, a TensorDict `[N]` with `op`, `slot`, `success` and the bool masks `[N, S]`
+        `germinated`, `culled`, `fossilized`. An action that is not possible changes nothing and has success False.
+    """
+    n_slots = records.batch_size[1]
+    op, slot = action[:, OP], action[:, SLOT]
+    if active is not None:
+        op = torch.where(active, op, torch.full_like(op, Op.WAIT))
+    target = torch.arange(n_slots, device=slot.device) == slot[:, None]
+
+    def chosen(kind: Op, possible: Tensor) -> Tensor:
+        return target & (op == kind)[:, None] & possible
+
+    germinated = chosen(Op.GERMINATE, gates.may_germinate(records, rules.max_seeds))
+    culled = chosen(Op.CULL, gates.may_cull(records))
+    fossilized = chosen(Op.FOSSILIZE, gates.may_fossilize(records))
+
+    blueprint, blend = action[:, BLUEPRINT, None], action[:, BLEND, None]
+    known = (blueprint >= 0) & (blueprint < parameters.shape[1]) & (blend >= 0) & (blend < parameters.shape[2])
+    germinated = germinated & known
+    index = torch.arange(n_slots, device=slot.device)
+    size = parameters[index, blueprint.clamp(0, parameters.shape[1] - 1), blend.clamp(0, parameters.shape[2] - 1)]
+
+    records = put(
+        records,
+        germinated,
+        blueprint=blueprint.expand_as(germinated),
+        blend=blend.expand_as(germinated),
+        parameters=size,
+        planted=records["planted"] + 1,
+        accuracy_at_germination=accuracy[:, None].expand_as(germinated),
+        accuracy_current=accuracy[:, None].expand_as(germinated),
+        healthy=True,
+        gradient_health=1.0,
+    )
+    records = _enter(records, germinated, Stage.GERMINATED)
+    records = _enter(records, gates.g1(records), Stage.TRAINING)
+    if rules.incubation == "none":
+        records = _start_blending(records, germinated, rules)
+    records = _cull(records, culled)
+    records = _enter(records, fossilized, Stage.FOSSILIZED)
+
+    outcome = TensorDict(
+        {
+            "op": op,
+            "slot": slot,
+            "success": (op == Op.WAIT) | germinated.any(1) | culled.any(1) | fossilized.any(1),
+            "germinated": germinated,
+            "culled": culled,
+            "fossilized": fossilized,
+        },
+        batch_size=records.batch_size[:1],
+    )
+    return records, outcome
+
+
+def record_epoch(
+    records: TensorDict,
+    accuracy: Tensor,
+    contribution: Tensor,
+    contribution_se: Tensor,
+    gradients: TensorDict,
+    healthy: Tensor,
+) -> TensorDict:
+    """Enter one epoch's measurements.
+
+    Args:
+        accuracy: `[N]` validation accuracy, percentage points.
+        contribution, contribution_se: `[N, S]` percentage points, nan where not measured; an old measurement is
+            kept and ages.
+        gradients: TensorDict `[N, S]` with `norm`, `ratio`, `health` of the last training batch; nan where none was
+            taken.
+        healthy: bool `[N, S]`, all parameters of the seed finite.
+    """
+    alive = gates.in_stage(records, stages.OCCUPIED)
+    first = alive & (records["age"] == 0)
+    current = accuracy[:, None].expand_as(alive)
+    records = put(records, first, accuracy_initial=current, accuracy_at_stage_start=current, accuracy_best=current)
+    records = put(
+        records,
+        alive,
+        accuracy_current=current,
+        accuracy_best=torch.maximum(records["accuracy_best"], current),
+        age=records["age"] + 1,
+        epochs_in_stage=records["epochs_in_stage"] + 1,
+        healthy=healthy,
+    )
+    measured = alive & ~contribution.isnan()
+    stale = alive & ~measured & (records["contribution_age"] >= 0)
+    records = put(records, stale, contribution_age=records["contribution_age"] + 1)
+    records = put(records, measured, contribution=contribution, contribution_se=contribution_se, contribution_age=0)
+    felt = alive & ~gradients["norm"].isnan()
+    old = records["gradient_ratio"]
+    smoothed = torch.where(old.isnan(), gradients["ratio"], 0.9 * old + 0.1 * gradients["ratio"])
+    return put(
+        records, felt, gradient_norm=gradients["norm"], gradient_ratio=smoothed, gradient_health=gradients["health"]
+    )
+
+
+def tick(records: TensorDict, rules: LifecycleRules, active: Tensor | None = None) -> tuple[TensorDict, Tensor]:
+    """The mechanical clock, once per epoch after validation. Never fossilises.
+
+    TRAINING moves on after its dwell through G2; BLENDING climbs its ramp and then leaves through G3, retrying every
+    epoch; PROBATIONARY culls a seed whose contribution is not positive or whose time is up; the cull tail walks on.
+
+    Returns:
+        The new records and the bool mask `[N, S]` of seeds that were culled here.
+    """
+    before = records
+    stage, in_stage = before["stage"], before["epochs_in_stage"]
+    on = torch.ones_like(stage, dtype=torch.bool) if active is None else active[:, None].expand_as(stage)
+
+    ready = (stage == Stage.TRAINING) & (in_stage >= rules.dwell) & gates.g2(before, rules.strict_gates)
+    records = _start_blending(records, on & ready, rules)
+
+    blending_now = on & (stage == Stage.BLENDING)
+    ramp_done = before["ramp_step"] >= rules.blending_epochs
+    step = before["ramp_step"] + 1
+    records = put(
+        records,
+        blending_now & ~ramp_done,
+        ramp_step=step,
+        alpha=blending.ramp(step, rules.blending_epochs, before["blend"]),
+    )
+    done = blending_now & ramp_done & gates.g3(before)
+    records = put(_enter(records, done, Stage.PROBATIONARY), done, alpha=1.0)
+
+    probation = on & (stage == Stage.PROBATIONARY)
+    culled = probation & ((before["contribution"] <= 0.0) | (in_stage >= rules.probation))
+    records = _cull(records, culled)
+    return _walk_tail(records, on, rules.embargo_epochs), culled
+
+
+def _walk_tail(records: TensorDict, on: Tensor, embargo_epochs: int) -> TensorDict:
+    """CULLED -> EMBARGOED -> RESETTING -> DORMANT, one slot staying in EMBARGOED for `embargo_epochs` steps."""
+    fresh = on & (records["stage"] == Stage.CULLED)
+    waiting = on & (records["stage"] == Stage.EMBARGOED)
+    records = put(_enter(records, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
+    records = put(records, waiting, embargo=records["embargo"] - 1)
+    return _clear(records, on & (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
+
+
+def seed_parameters(
+    channels: tuple[int, ...], body_counts: Callable[[int], list[int]], device: torch.device | None = None
+) -> Tensor:
+    """The table `parameters` of `apply_action`: int64 `[S, blueprints, blends]`, the gate included where it is used."""
+    table = []
+    for c in channels:
+        gate = [blending.gate_parameter_count(c) if b == blending.GATED else 0 for b in range(len(stages.BLENDS))]
+        table.append([[count + extra for extra in gate] for count in body_counts(c)])
+    return torch.tensor(table, dtype=torch.int64, device=device)

@@ -24,9 +24,9 @@ def forward_to_segment(
 ) -> tuple[Tensor, Tree]:
     """Features at the boundary of `segment`, and the statistics.
 
-    `x` is the network's input, or the features at the boundary of `from_segment` when that is given; then only the blocks
-    between the two run. `momentum` and `key` are those of `Host.run_blocks`. Raises ValueError for a name the host does
-    not have (listing those it has) and when `segment` does not lie after `from_segment`.
+    `x` is the network's input, or the features at the boundary of `from_segment` when that is given; then only the
+    blocks between the two run. `momentum` and `key` are those of `Host.run_blocks`. Raises ValueError for a name the
+    host does not have (listing those it has) and when `segment` does not lie after `from_segment`.
     """
     stop = site(host, segment).boundary
     if from_segment is None:

@@ -31,21 +31,22 @@ def dropout(h: Tensor, rate: float, key: Tensor | None) -> Tensor:
     if key is None or rate == 0.0:
         return h
     kept = k.uniform(key, *h.shape) >= rate
-    return torch.where(kept, h / (1.0 - rate), 0.0)
+    return torch.where(kept, h / (1.0 - rate), torch.zeros_like(h))
 
 
 def causal_attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Tensor | None = None) -> Tensor:
     """Self-attention in which a position sees itself and its past: `[B, L, 3 D]` to `[B, L, D]`.
 
-    Dropout acts on the attention weights. The weights are spelled out because torch's fused kernel draws dropout from the
-    global generator and has no rule for vmap on the CPU.
+    Dropout acts on the attention weights. The weights are spelled out because torch's fused kernel draws dropout from
+    the global generator and has no rule for vmap on the CPU.
     """
     q, key_features, v = qkv.unflatten(-1, (3, n_head, -1)).transpose(1, 3).unbind(2)
     scores = q @ key_features.mT / math.sqrt(q.shape[-1])
     length = scores.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    return (dropout(weights, rate, key) @ v).transpose(1, 2).flatten(-2)
+    mixed: Tensor = dropout(weights, rate, key) @ v
+    return mixed.transpose(1, 2).flatten(-2)
 
 
 def linear(params: Tree, h: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class TransformerHost:
     `ln(vocab_size)`. Slots early, mid and late lie after one third, two thirds and all of the layers. There are no
     statistics: `momentum` has nothing to move.
 
-    Raises ValueError for fewer than three layers, for heads that do not divide `n_embd` and for `dropout` outside [0, 1).
+    Raises ValueError for fewer than three layers, for heads that do not divide `n_embd`, for `dropout` outside [0, 1)
+    and, when run, for sequences longer than `block_size`.
     """
 
     vocab_size: int

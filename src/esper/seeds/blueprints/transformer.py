@@ -1,10 +1,10 @@
 """Blueprints for transformer hosts, on features `[B, L, D]`. None of them lets a position see a later one.
 
-All but `norm` end in a projection that starts at zero: the seed is exactly the identity when planted, and the projection
-itself receives a gradient at once because what feeds it does not vanish.
+All but `norm` end in a projection that starts at zero: the seed is exactly the identity when planted, and the
+projection itself receives a gradient at once because what feeds it does not vanish.
 
-There is no `flex_attention`: torch's operator of that name has no rule for `torch.func.vmap` or `torch.func.grad` on any
-device and no backward on the CPU, and with a causal mask it computes what `attention` computes.
+There is no `flex_attention`: torch's operator of that name has no rule for `torch.func.vmap` or `torch.func.grad` on
+any device and no backward on the CPU, and with a causal mask it computes what `attention` computes.
 """
 
 from __future__ import annotations

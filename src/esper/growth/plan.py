@@ -62,13 +62,16 @@ def make_plan(records: TensorDict, spec: GrowthSpec) -> Plan:
     )
 
 
+def inserted(entry: SlotPlan) -> SlotPlan:
+    """A shadowed seed as it runs in its own pass, fully inserted; any other entry as it is."""
+    return replace(entry, mode=Mode.BLEND) if entry.mode is Mode.SHADOW else entry
+
+
 def shadow_plan(plan: HostPlan) -> HostPlan | None:
     """The plan of the second pass in which shadowed seeds learn, or None when there is none."""
     if not any(entry is not None and entry.mode is Mode.SHADOW for entry in plan):
         return None
-    return tuple(
-        replace(entry, mode=Mode.BLEND) if entry is not None and entry.mode is Mode.SHADOW else entry for entry in plan
-    )
+    return tuple(None if entry is None else inserted(entry) for entry in plan)
 
 
 def live_slots(plan: HostPlan) -> tuple[int, ...]:

@@ -1,0 +1,255 @@
+"""One epoch of growing: act, train, validate with all coalitions, record, tick (plan steps 6 and 8).
+
+The outer loop is over batches and every device is issued its hosts' step for batch `t` before batch `t + 1`. Scalars
+are read once per phase, after the last batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper import keys as k
+from esper.data.batches import SharedBatchIterator, evaluation_batches
+from esper.data.splits import Split, Splits
+from esper.growth import optim
+from esper.growth.executors.base import Executor
+from esper.growth.plan import Plan, live_slots, make_plan
+from esper.growth.spec import GrowthSpec
+from esper.growth.state import fresh_growth
+from esper.keys import Purpose
+from esper.seeds import bank
+from esper.seeds.blueprints import registry
+from esper.seeds.lifecycle import apply_action, record_epoch, seed_parameters, tick
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One device's share of a run: `size` hosts from host `first` on, their executor and their copy of the data."""
+
+    device: torch.device
+    first: int
+    size: int
+    executor: Executor
+    splits: Splits
+    calibration: Tensor | None
+
+    @property
+    def hosts(self) -> slice:
+        return slice(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class EpochSettings:
+    """How an epoch runs: hosts per batch step and what the loaders do."""
+
+    batch_size: int
+    augment: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def reset(
+    spec: GrowthSpec, shards: Sequence[Shard], settings: EpochSettings, keys: Tensor, host_lr: Tensor, seed_lr: Tensor
+) -> tuple[list[TensorDict], TensorDict]:
+    """Fresh hosts for `keys` `[N]` and the metrics of one validation pass; nothing is trained."""
+    growth = [
+        fresh_growth(spec, keys[s.hosts], host_lr[s.hosts], seed_lr[s.hosts], settings.dtype, s.device) for s in shards
+    ]
+    plans = [make_plan(g["slots"], spec) for g in growth]
+    scores = evaluate(shards, growth, plans, settings, "validation")
+    metrics = _metrics(scores)
+    metrics["train_loss"] = metrics["val_loss"].clone()
+    metrics["train_accuracy"] = torch.zeros_like(metrics["val_accuracy"])
+    return growth, metrics
+
+
+def run_epoch(
+    spec: GrowthSpec,
+    shards: Sequence[Shard],
+    settings: EpochSettings,
+    growth: Sequence[TensorDict],
+    actions: Tensor,
+    accuracy: Tensor,
+    epoch: int,
+) -> tuple[list[TensorDict], TensorDict]:
+    """One environment step of all hosts.
+
+    Args:
+        growth: one growth state per shard.
+        actions: int64 `[N, 4]`; the slot is an index of `spec.slots` or -1.
+        accuracy: `[N]` validation accuracy before the step, percentage points.
+        epoch: epochs already trained in this episode.
+
+    Returns:
+        The new growth states and a TensorDict `[N]` on the CPU with `before`, `lived` and `after` (slot records
+        before the step, after training and validation, after the tick), `outcome` (of the action, with `auto_culled`
+        `[N, S]`) and `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions` `[N, 2**S]`;
+        percentage points).
+    """
+    before = [g["slots"].cpu() for g in growth]
+    acted, outcomes = [], []
+    for shard, g in zip(shards, growth, strict=True):
+        state, outcome = act(spec, g, actions[shard.hosts], accuracy[shard.hosts])
+        acted.append(state)
+        outcomes.append(outcome)
+    plans = [make_plan(g["slots"], spec) for g in acted]
+    trained, measurements = train(spec, shards, settings, acted, plans, epoch)
+    scores = evaluate(shards, trained, plans, settings, "validation")
+    metrics = _metrics(scores)
+    metrics["train_loss"] = measurements["loss"].float()
+    metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
+
+    done, results = [], []
+    for shard, g, plan, outcome in zip(shards, trained, plans, outcomes, strict=True):
+        rows = shard.hosts
+        contribution, error = contributions(plan, scores[rows])
+        lived = record_epoch(
+            g["slots"].cpu(),
+            metrics["val_accuracy"][rows],
+            contribution,
+            error,
+            _gradients(spec, g["slots"].cpu(), measurements[rows]),
+            healthy_seeds(spec, g),
+        )
+        after, auto_culled = tick(lived, spec.rules)
+        outcome["auto_culled"] = auto_culled
+        removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
+        done.append(
+            g.clone(recurse=False).update({"slots": after.to(shard.device), "seeds": removed, "epoch": g["epoch"] + 1})
+        )
+        results.append(TensorDict({"lived": lived, "after": after, "outcome": outcome}, batch_size=[shard.size]))
+    result = torch.cat(results)
+    result["before"], result["metrics"] = torch.cat(before), metrics
+    return done, result
+
+
+def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
+    """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
+    records = growth["slots"].cpu()
+    table = seed_parameters(
+        tuple(place.channels for place in spec.sites),
+        lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
+    )
+    records, outcome = apply_action(records, action, spec.rules, table, accuracy)
+    seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"])
+    seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
+    return growth.clone(recurse=False).update({"slots": records.to(growth["key"].device), "seeds": seeds}), outcome
+
+
+def train(
+    spec: GrowthSpec,
+    shards: Sequence[Shard],
+    settings: EpochSettings,
+    growth: Sequence[TensorDict],
+    plans: Sequence[Plan],
+    epoch: int,
+) -> tuple[list[TensorDict], TensorDict]:
+    """Train every host on the whole training split; returns the new states and the measurements `[N]` on the CPU."""
+    batches = SharedBatchIterator(
+        [s.splits for s in shards],
+        [g["key"] for g in growth],
+        settings.batch_size,
+        epoch,
+        augment=settings.augment,
+        dtype=settings.dtype,
+    )
+    carries = [s.executor.begin(g, plan) for s, g, plan in zip(shards, growth, plans, strict=True)]
+    rates = [(g["rates", "host"].cpu(), g["rates", "seed"].cpu()) for g in growth]
+    steps = len(batches)
+    for t, batch in enumerate(batches):
+        share = optim.schedule(spec.lr_schedule, epoch * steps + t, spec.rules.max_epochs * steps)
+        for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
+            keys = _dropout_keys(growth[i]["key"], epoch, t)
+            host_lr, seed_lr = rates[i][0] * share, rates[i][1] * share
+            carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, keys, t == steps - 1)
+    finished = [s.executor.finish(c, g) for s, c, g in zip(shards, carries, growth, strict=True)]
+    return [state for state, _ in finished], torch.cat([m.cpu() for _, m in finished])
+
+
+def evaluate(
+    shards: Sequence[Shard],
+    growth: Sequence[TensorDict],
+    plans: Sequence[Plan],
+    settings: EpochSettings,
+    part: str,
+) -> TensorDict:
+    """Score every coalition of every host on one split; `empty_scores` `[N]` on the CPU."""
+    carries = [
+        s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
+    ]
+    streams = [evaluation_batches(s.splits, _part(s.splits, part), _EVALUATION_BATCH, settings.dtype) for s in shards]
+    for batch in zip(*streams, strict=True):
+        for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
+            carries[i] = shard.executor.evaluate_step(carries[i], x, y)
+    return torch.cat([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
+
+
+def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
+    """What each live slot adds: accuracy of all live slots minus accuracy without it, `[N, S]` percentage points, and
+    its paired standard error over samples. Slots that are not live are nan."""
+    correct, differ = scores["correct"].double(), scores["differ"].double()
+    seen = scores["seen"].double()
+    value = torch.full_like(differ, float("nan"))
+    error = value.clone()
+    for i, row in enumerate(plan):
+        live = live_slots(row)
+        everyone = sum(1 << j for j in live)
+        for j in live:
+            gain = (correct[i, everyone] - correct[i, everyone & ~(1 << j)]) / seen[i]
+            variance = (differ[i, j] / seen[i] - gain**2).clamp(min=0.0)
+            value[i, j] = 100.0 * gain
+            error[i, j] = 100.0 * (variance / seen[i]).sqrt()
+    return value.float(), error.float()
+
+
+def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
+    """Whether every parameter of the seed in each slot is finite, bool `[N, S]` on the CPU; True for empty slots."""
+    blueprint = growth["slots", "blueprint"]
+    healthy = torch.ones_like(blueprint, dtype=torch.bool)
+    for j, slot in enumerate(spec.slots):
+        for b, name in enumerate(spec.blueprints):
+            finite = torch.ones_like(healthy[:, j])
+            for leaf in growth["seeds", slot, name, "params"].values(include_nested=True, leaves_only=True):
+                finite = finite & torch.isfinite(leaf).reshape(leaf.shape[0], -1).all(dim=1)
+            healthy[:, j] = torch.where(blueprint[:, j] == b, finite, healthy[:, j])
+    return healthy.cpu()
+
+
+_EVALUATION_BATCH = 512
+_NEGLIGIBLE = 1e-8
+
+
+def _gradients(spec: GrowthSpec, records: TensorDict, measured: TensorDict) -> TensorDict:
+    """Norm, parameter-normalised seed/host ratio and health of the last batch's gradients, `[N, S]`."""
+    seed, host = measured["seed_norm"], measured["host_norm"][:, None]
+    size = records["parameters"].double()
+    ratio = (seed / size.sqrt()) / (host / spec.host_parameters**0.5 + _NEGLIGIBLE)
+    ratio = torch.where((seed < _NEGLIGIBLE) | (host < _NEGLIGIBLE) | (size == 0), torch.zeros_like(ratio), ratio)
+    return TensorDict(
+        {"norm": seed.float(), "ratio": ratio.float(), "health": measured["seed_health"].float()},
+        batch_size=records.batch_size,
+    )
+
+
+def _metrics(scores: TensorDict) -> TensorDict:
+    seen = scores["seen"].double()
+    return TensorDict(
+        {
+            "val_loss": (scores["loss"] / seen).float(),
+            "val_accuracy": (100.0 * scores["correct"][:, -1] / seen).float(),
+            "coalitions": (100.0 * scores["correct"] / seen[:, None]).float(),
+        },
+        batch_size=scores.batch_size,
+    )
+
+
+def _part(splits: Splits, part: str) -> Split:
+    return {"train": splits.train, "validation": splits.validation, "test": splits.test}[part]
+
+
+def _dropout_keys(keys: Tensor, epoch: int, step: int) -> Tensor:
+    return k.fold(keys, Purpose.DROPOUT, epoch, step)

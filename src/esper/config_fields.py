@@ -1,0 +1,161 @@
+"""The fields of a training configuration: types, ranges, defaults and what each one does.
+
+Nothing here imports torch. Units are in the descriptions: accuracies are percentage points, lengths are epochs, and one
+epoch is one step of the controller. Null means "the task's own value" unless the description says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _list_to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+AsTuple = BeforeValidator(_list_to_tuple)
+SlotName = Literal["early", "mid", "late"]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+_SETTINGS = ConfigDict(
+    frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=False
+)
+
+
+class ScheduleStep(BaseModel):
+    """One entry of a fixed schedule: what every host does in one epoch."""
+
+    model_config = _SETTINGS
+
+    epoch: Annotated[int, Field(ge=0)]
+    """Epochs trained when the action is taken; 0 acts before the first epoch."""
+    op: Literal["germinate", "cull", "fossilize"]
+    """What to do; epochs that no step names wait."""
+    slot: SlotName
+    """The slot it is done to."""
+    blueprint: str | None = None
+    """The seed to plant; given for germinate only."""
+    blend: Literal["linear", "sigmoid", "gated"] | None = None
+    """How the seed is blended in; given for germinate only."""
+
+
+class Fields(BaseModel):
+    """Every field with its own check. `esper.config.TrainingConfig` adds the checks between fields."""
+
+    model_config = _SETTINGS
+
+    # what is grown
+    task: str = "digits"
+    """What is trained on what: host, data and constants, by name."""
+    slots: Annotated[tuple[SlotName, ...], Field(min_length=1), AsTuple] = ("mid",)
+    """Slots of the host in which seeds can grow."""
+    blueprints: Annotated[tuple[str, ...], Field(min_length=1, max_length=5), AsTuple] | None = None
+    """Seeds that can be planted, in the order of the blueprint head; they have to fit the task's hosts."""
+    max_seeds: Annotated[int, Field(ge=1)] | None = None
+    """Most seeds a host may hold at a time, fossils included; null for no limit."""
+    data_dir: Annotated[str, Field(min_length=1)] = "data"
+    """Folder with the files of tasks that are not built in."""
+
+    # how long, how many
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Every random draw of the run derives from this number."""
+    n_episodes: Annotated[int, Field(ge=1, le=10**9)] = 100
+    """Episodes in all. A rollout is n_envs episodes side by side, so the count is rounded up to whole rollouts."""
+    n_envs: Annotated[int, Field(ge=1, le=65536)] = 4
+    """Hosts that train side by side."""
+    max_epochs: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Epochs in an episode."""
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """Samples per host in a training step."""
+
+    # how hosts and seeds train
+    host_lr: Positive | None = None
+    """Learning rate of hosts at the start of an episode."""
+    seed_lr: Positive | None = None
+    """Learning rate of seeds at the start of an episode."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of both learning rates over an episode; cosine ends at zero."""
+    incubation: Literal["straight_through", "shadow", "none"] = "straight_through"
+    """How a seed trains before it is blended in."""
+    gates: Literal["strict", "permissive"] = "strict"
+    """Strict also asks a seed for an improvement of 0.5 points before it is blended in."""
+    freeze_fossils: bool = False
+    """Stop training a seed once it is fossilised."""
+    embargo_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Epochs a slot stays closed after a cull."""
+    coalition_statistics: Literal["recalibrated", "running"] = "recalibrated"
+    """Normalisation statistics with which each set of live seeds is scored."""
+
+    # where it runs
+    devices: Annotated[tuple[str, ...], Field(min_length=1), AsTuple] = ("cpu",)
+    """Devices of the hosts, in contiguous groups; "cpu" or "cuda:0", "cuda:1", ..."""
+    device: str = "cpu"
+    """Device of the policy: "cpu", "cuda" or "cuda:0", ..."""
+    executor: Literal["auto", "loop", "stacked"] = "auto"
+    """How the hosts of a device advance together: one after another, or stacked into one program."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Precision of the hosts' forward pass; everything the policy computes stays in float32."""
+
+    # who decides
+    controller: Literal["ppo", "heuristic", "random", "never", "schedule"] = "ppo"
+    """Who decides what grows."""
+    schedule: Annotated[tuple[ScheduleStep, ...], AsTuple] = ()
+    """What the schedule controller does, at most one step per epoch."""
+    use_telemetry: bool = True
+    """Let the controller see ten measurements per slot: 80 features instead of 50."""
+    lstm_hidden_dim: Annotated[int, Field(ge=1, le=16384)] = 128
+    """Width of the policy's recurrent layer."""
+
+    # reward and objective
+    reward_family: Literal["contribution", "loss"] = "contribution"
+    """Pay for what seeds contribute to accuracy, or for the course of the loss."""
+    reward_mode: Literal["shaped", "sparse", "minimal"] = "shaped"
+    """Pay every epoch, only at the end, or at the end minus a price for early culls."""
+    param_budget: Annotated[int, Field(ge=1)] | None = None
+    """Parameters that cost one full param_penalty_weight; null for four times the host's own."""
+    param_penalty_weight: NotNegative = 0.1
+    """Price of growth in the objective: 100 times this in points for one param_budget of extra parameters."""
+    sparse_reward_scale: Positive = 1.0
+    """Factor on the sparse and minimal rewards."""
+
+    # how the controller learns
+    lr: Positive = 3e-4
+    """Learning rate of the policy."""
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Probability ratios beyond 1 plus or minus this earn nothing more."""
+    gamma: Share = 0.995
+    """Discount per epoch, for returns and for reward shaping alike."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.97
+    """Weight of longer returns in the advantage."""
+    ppo_updates_per_batch: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Updates on one rollout."""
+    target_kl: Positive | None = 0.015
+    """Updates on a rollout stop at 1.5 times this divergence; null never stops them."""
+    value_coef: NotNegative = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: Positive = 0.5
+    """The policy's gradient is clipped to this norm."""
+    entropy_coef: NotNegative = 0.05
+    """Weight of the entropy bonus."""
+    entropy_coef_start: NotNegative | None = None
+    """Weight at the start of annealing; null for entropy_coef."""
+    entropy_coef_end: NotNegative | None = None
+    """Weight at the end of annealing; null for entropy_coef."""
+    entropy_coef_min: NotNegative = 0.01
+    """The weight never falls below this."""
+    entropy_anneal_episodes: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Episodes over which the weight moves from start to end; 0 keeps it at entropy_coef."""
+
+    # what the run leaves behind
+    telemetry_level: Literal["off", "minimal", "normal", "debug"] = "normal"
+    """How much of the event log is written; never what is computed."""
+    plateau_threshold: NotNegative | None = None
+    """A change of mean accuracy between rollouts below this many points is reported as a plateau."""
+    improvement_threshold: NotNegative | None = None
+    """A change above this many points is reported as an improvement or a degradation."""
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] = 1
+    """Rollouts between checkpoints; the last rollout is always saved."""

@@ -73,7 +73,7 @@ def bits(key: Tensor, *shape: int) -> Tensor:
     for size in shape:
         count *= size
     counter = torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _GOLDEN
-    return _mix(_mix(key).unsqueeze(-1) + counter).reshape(*key.shape, *shape)
+    return _mix(_mix(key).unsqueeze(-1) + counter).reshape((*key.shape, *shape))
 
 
 def uniform(key: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -57,7 +57,7 @@ def root(seed: int) -> Tensor:
 def fold(key: Tensor, *data: int | Tensor) -> Tensor:
     """Derive a key from `key` and each of `data` in turn; tensors broadcast against the key."""
     for item in data:
-        value = item if isinstance(item, Tensor) else torch.tensor(int(item), dtype=torch.int64, device=key.device)
+        value = item if isinstance(item, Tensor) else torch.full((), int(item), dtype=torch.int64, device=key.device)
         key = _mix(key ^ _mix(value.to(torch.int64) + _GOLDEN))
     return key
 

@@ -217,8 +217,9 @@ CIFAR10_DEEP = register_task(
 )
 """Five blocks, each with pooling; 99,922 parameters."""
 
-SYNTHETIC = register_task(replace(CIFAR10, name="synthetic", load=_synthetic, host_lr=0.1, seed_lr=0.1, augment=False))
-"""CIFAR-10's shapes without a download: 10,240 training, 2,048 validation and 2,048 test samples."""
+SYNTHETIC = register_task(replace(CIFAR10, name="synthetic", load=_synthetic, host_lr=0.3, seed_lr=0.3, augment=False))
+"""CIFAR-10's shapes without a download: 10,240 training, 2,048 validation and 2,048 test samples. Validation accuracy
+of the host alone after 25 epochs of cosine decay, one run each: lr 0.1 56.2, 0.3 62.5."""
 
 TINYSTORIES = register_task(
     Task(

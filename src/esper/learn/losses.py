@@ -1,0 +1,146 @@
+"""The PPO objective of a factored action: a pure function, and the TorchRL loss module around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from esper.control.policy import HIDDEN_KEYS, MASK_KEYS, RecurrentPolicy
+
+
+def factored_clip_objective(
+    log_prob: Tensor,
+    log_prob_old: Tensor,
+    entropy: Tensor,
+    relevant: Tensor,
+    advantage: Tensor,
+    value: Tensor,
+    value_old: Tensor,
+    value_target: Tensor,
+    *,
+    clip_ratio: float,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+    entropy_weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The three losses and what to know about them; minimise the sum of the losses.
+
+    Per-head inputs `log_prob`, `log_prob_old`, `entropy`, `relevant` are `[..., 4]`, the others `[...]`. With the ratio
+    r_h = exp(log_prob_h - log_prob_old_h) of head h and means taken over the steps where h is relevant,
+
+        loss_objective = - sum_h mean_h min(r_h A, clip(r_h, 1 - eps, 1 + eps) A)       (Schulman et al. 2017, eq. 7)
+        loss_critic    = value_coef / 2 mean max((V - R)^2, (V_old + clip(V - V_old, -v, v) - R)^2)
+        loss_entropy   = - entropy_coef sum_h w_h mean_h H_h
+
+    where `value_clip` None leaves only (V - R)^2 and `entropy_weights` `[4]` default to one. A head relevant nowhere
+    contributes 0. Detached diagnostics: `kl`, `clip_fraction`, `ratio_max`, `ratio_min`, `entropy` `[4]` over relevant
+    steps, `relevant` `[4]` the share of such steps, and `kl_joint`, the estimate mean sum_h (r_h - 1 - ln r_h) of the
+    divergence of the joint policy (a rare head counts by its frequency).
+    """
+    count = _steps(relevant).sum(0).clamp(min=1)
+
+    def mean_relevant(x: Tensor) -> Tensor:
+        return _steps(torch.where(relevant, x, 0.0)).sum(0) / count
+
+    log_ratio = torch.where(relevant, log_prob - log_prob_old, 0.0)
+    ratio = log_ratio.exp()
+    gain = advantage.unsqueeze(-1)
+    surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * gain)
+    error = (value - value_target).square()
+    if value_clip is not None:
+        near = value_old + (value - value_old).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (near - value_target).square())
+    entropy_by_head = mean_relevant(entropy)
+    weights = torch.ones_like(entropy_by_head) if entropy_weights is None else entropy_weights
+
+    drift = (ratio - 1 - log_ratio).detach()
+    flat = _steps(ratio.detach())
+    return {
+        "loss_objective": -mean_relevant(surrogate).sum(),
+        "loss_critic": 0.5 * value_coef * error.mean(),
+        "loss_entropy": -entropy_coef * (weights * entropy_by_head).sum(),
+        "kl": mean_relevant(drift),
+        "kl_joint": _steps(drift).sum(-1).mean(),
+        "clip_fraction": mean_relevant(((ratio.detach() - 1).abs() > clip_ratio).to(ratio.dtype)),
+        "ratio_max": flat.amax(0),
+        "ratio_min": flat.amin(0),
+        "entropy": entropy_by_head.detach(),
+        "relevant": _steps(relevant).to(ratio.dtype).mean(0),
+    }
+
+
+def _steps(x: Tensor) -> Tensor:
+    """`[..., 4]` as `[steps, 4]`."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class FactoredPPOLoss(LossModule):
+    """`factored_clip_objective` over stored rows `[N, T]` of a rollout.
+
+    Reads the in_keys; `advantage` and `value_target` `[N, T, 1]` come from `learn.advantages`, `action_log_prob` and
+    `state_value` from the rollout. Writes the out_keys: losses to be summed and optimised, and detached diagnostics.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        advantage: NestedKey = "advantage"
+        value_target: NestedKey = "value_target"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    out_keys = [  # noqa: RUF012 - the attribute TorchRL looks up
+        *("loss_objective", "loss_critic", "loss_entropy", "kl_joint"),
+        *("kl", "clip_fraction", "ratio_max", "ratio_min", "entropy", "relevant"),
+    ]
+
+    def __init__(
+        self,
+        policy: RecurrentPolicy,
+        *,
+        clip_ratio: float = 0.2,
+        value_clip: float | None = 10.0,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.05,
+        entropy_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.actor_network = policy
+        self.clip_ratio, self.value_clip, self.value_coef = clip_ratio, value_clip, value_coef
+        self.entropy_coef, self.entropy_weights = entropy_coef, entropy_weights
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What a rollout must hold."""
+        stored = ["observation", *MASK_KEYS, "is_init", *HIDDEN_KEYS, "action", "action_log_prob", "state_value"]
+        return [*stored, self.tensor_keys.advantage, self.tensor_keys.value_target]
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """Advantages are computed outside (`learn.advantages`), so there is no estimator to tell."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Losses and diagnostics for rows `[N, T]`, a TensorDict without batch dimensions."""
+        actions, value = self.actor_network.evaluate(tensordict)
+        terms = actions.head_terms(tensordict["action"])
+        values = factored_clip_objective(
+            terms.log_prob,
+            tensordict["action_log_prob"],
+            terms.entropy,
+            terms.relevant,
+            tensordict[self.tensor_keys.advantage].squeeze(-1),
+            value.squeeze(-1),
+            tensordict["state_value"].squeeze(-1),
+            tensordict[self.tensor_keys.value_target].squeeze(-1),
+            clip_ratio=self.clip_ratio,
+            value_clip=self.value_clip,
+            value_coef=self.value_coef,
+            entropy_coef=self.entropy_coef,
+            entropy_weights=self.entropy_weights,
+        )
+        return TensorDict(values, batch_size=[])

@@ -1,0 +1,208 @@
+"""One rollout in, a better policy out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.control.policy import RecurrentPolicy
+from esper.keys import fold, permutation
+from esper.learn.advantages import gae, standardize
+from esper.learn.losses import FactoredPPOLoss
+from esper.seeds.actions import HEADS
+
+KL_MARGIN = 1.5
+LOSSES = ("loss_objective", "loss_critic", "loss_entropy")
+_CHECKED = ("observation", "action_log_prob", "state_value", ("next", "observation"), ("next", "reward"))
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How a policy learns from a rollout. Units: rewards and values in units of the reward normaliser."""
+
+    ppo_updates_per_batch: int = 4
+    minibatches: int = 1
+    gamma: float = 0.995
+    gae_lambda: float = 0.97
+    clip_ratio: float = 0.2
+    value_clip: float | None = 10.0
+    value_coef: float = 0.5
+    max_grad_norm: float = 0.5
+    target_kl: float | None = 0.015
+    entropy_coef: float = 0.05
+    entropy_coef_start: float | None = None
+    entropy_coef_end: float | None = None
+    entropy_coef_min: float = 0.01
+    entropy_anneal_steps: int = 0
+    entropy_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+
+
+def anneal_steps(episodes: int, n_hosts: int, updates_per_batch: int) -> int:
+    """Update steps that `episodes` episodes bring: a rollout is one episode of each of `n_hosts` hosts.
+
+    Raises ValueError if `n_hosts` is not positive.
+    """
+    if n_hosts < 1:
+        raise ValueError(f"n_hosts is {n_hosts}; annealing needs at least 1 host")
+    return math.ceil(max(0, episodes) / n_hosts) * max(1, updates_per_batch)
+
+
+def entropy_coefficient(step: int, settings: PPOSettings) -> float:
+    """Weight of the entropy bonus after `step` update steps: linear from start to end, never below the floor.
+
+    `step` counts the steps that were due (rollouts times updates per rollout), so an early stop does not slow the
+    annealing down. Without annealing the weight is `entropy_coef`.
+    """
+    if settings.entropy_anneal_steps == 0:
+        return max(settings.entropy_coef_min, settings.entropy_coef)
+    start = settings.entropy_coef if settings.entropy_coef_start is None else settings.entropy_coef_start
+    end = settings.entropy_coef if settings.entropy_coef_end is None else settings.entropy_coef_end
+    progress = min(1.0, step / settings.entropy_anneal_steps)
+    return max(settings.entropy_coef_min, start + progress * (end - start))
+
+
+def explained_variance(value: Tensor, target: Tensor) -> float:
+    """Share of the variance of `target` that `value` explains; 0 where the target hardly varies."""
+    variance = target.var(unbiased=False)
+    return float(1 - (target - value).var(unbiased=False) / variance) if variance > 1e-8 else 0.0
+
+
+def with_advantages(policy: RecurrentPolicy, rollout: TensorDictBase, settings: PPOSettings) -> TensorDictBase:
+    """The rollout `[N, T]` with `advantage` (standardised over all steps) and `value_target`, both `[N, T, 1]`."""
+    with torch.no_grad():
+        following = policy.next_value(rollout).squeeze(-1)
+    step = rollout["next"]
+    advantage, target = gae(
+        step["reward"].squeeze(-1),
+        rollout["state_value"].squeeze(-1),
+        following,
+        step["terminated"].squeeze(-1),
+        step["done"].squeeze(-1),
+        gamma=settings.gamma,
+        lmbda=settings.gae_lambda,
+    )
+    prepared = rollout.copy()
+    prepared["advantage"] = standardize(advantage).unsqueeze(-1)
+    prepared["value_target"] = target.unsqueeze(-1)
+    return prepared
+
+
+def ppo_update(
+    policy: RecurrentPolicy,
+    optimizer: Optimizer,
+    rollout: TensorDictBase,
+    settings: PPOSettings,
+    *,
+    entropy_coef: float,
+    key: Tensor,
+) -> dict[str, float]:
+    """Improve `policy` in place on one rollout `[N, T]`; returns metrics.
+
+    The rollout holds the keys of `docs/design.md`, section 4, and `next.observation`, `next.hidden_h`, `next.hidden_c`;
+    its rewards are already scaled. Each of `ppo_updates_per_batch` passes takes `minibatches` steps over disjoint
+    groups of hosts, grouped by `key` (scalar int64). Ratios refer to the rollout's own log-probabilities throughout.
+
+    A step is not taken, and none after it, if the joint policy has already drifted by more than 1.5 `target_kl`
+    (`stopped_early` 1), or if something is not finite: then `non_finite/<source>` names the rollout entries, losses or
+    gradients at fault, and weights and optimiser state stay as the last good step left them.
+
+    Metrics: means over the losses evaluated, extremes for ratios, the last value for the divergences; `<name>/<head>`
+    per head; `grad_norm` before clipping. Raises ValueError if there are more minibatches than hosts.
+    """
+    if settings.minibatches > rollout.shape[0]:
+        raise ValueError(f"minibatches is {settings.minibatches}; a rollout of {rollout.shape[0]} hosts allows no more")
+    faults = [_name(k) for k in _CHECKED if not bool(rollout[k].isfinite().all())]
+    if faults:
+        return {"updates": 0.0, **{f"non_finite/{name}": 1.0 for name in faults}}
+    prepared = with_advantages(policy, rollout, settings)
+    metrics = {"explained_variance": explained_variance(rollout["state_value"], prepared["value_target"])}
+    loss = FactoredPPOLoss(
+        policy,
+        clip_ratio=settings.clip_ratio,
+        value_clip=settings.value_clip,
+        value_coef=settings.value_coef,
+        entropy_coef=entropy_coef,
+        entropy_weights=torch.tensor(settings.entropy_weights, device=rollout.device),
+    )
+    history: list[dict[str, float]] = []
+    norms: list[dict[str, float]] = []
+    stopped = False
+    for hosts in _minibatches(rollout.shape[0], settings, key):
+        outputs = loss(prepared if settings.minibatches == 1 else prepared[hosts])
+        seen = _scalars(outputs)
+        faults = [name for name in LOSSES if not math.isfinite(seen[name])]
+        if faults:
+            break
+        history.append(seen)
+        stopped = settings.target_kl is not None and seen["kl_joint"] > KL_MARGIN * settings.target_kl
+        if stopped:
+            break
+        optimizer.zero_grad(set_to_none=True)
+        sum(outputs[name] for name in LOSSES).backward()
+        faults = _non_finite_gradients(policy)
+        if faults:
+            break
+        norms.append(_gradient_norms(policy, settings.max_grad_norm))
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics |= {"updates": float(len(norms)), "stopped_early": float(stopped), "entropy_coef": entropy_coef}
+    return metrics | _summary(history) | _mean(norms) | {f"non_finite/{name}": 1.0 for name in faults}
+
+
+def _minibatches(n_hosts: int, settings: PPOSettings, key: Tensor) -> Iterator[Tensor]:
+    for index in range(settings.ppo_updates_per_batch):
+        yield from permutation(fold(key, index), n_hosts).tensor_split(settings.minibatches)
+
+
+def _name(key: str | tuple[str, ...]) -> str:
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def _scalars(outputs: TensorDictBase) -> dict[str, float]:
+    """Scalars by name and per-head entries by `name/head`, read in one transfer."""
+    names = [k if v.ndim == 0 else f"{k}/{h}" for k, v in outputs.items() for h in (HEADS if v.ndim else ("",))]
+    numbers = torch.cat([v.detach().reshape(-1) for v in outputs.values()]).tolist()
+    return dict(zip(names, numbers, strict=True))
+
+
+def _non_finite_gradients(policy: nn.Module) -> list[str]:
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    finite = torch.stack([g.isfinite().all() for g in gradients.values()]).tolist()
+    return [f"gradient/{name}" for name, ok in zip(gradients, finite, strict=True) if not ok]
+
+
+def _gradient_norms(policy: RecurrentPolicy, limit: float) -> dict[str, float]:
+    """Norms before clipping, of everything and of each part; clips the gradients to `limit`."""
+    shared = {"features": policy.features, "memory": policy.memory, "value": policy.value}
+    parts: dict[str, nn.Module] = {**dict(policy.heads.items()), **shared}
+    norms = {f"grad_norm/{name}": _norm(part) for name, part in parts.items()}
+    norms["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), limit)
+    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+
+
+def _norm(module: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def _summary(history: list[dict[str, float]]) -> dict[str, float]:
+    """One number per name: extremes stay extremes, divergences are the last ones measured, the rest are means."""
+    summary = _mean(history)
+    for name in summary:
+        column = [row[name] for row in history]
+        if name.startswith("ratio_max"):
+            summary[name] = max(column)
+        elif name.startswith("ratio_min"):
+            summary[name] = min(column)
+        elif name.startswith("kl"):
+            summary[name] = column[-1]
+    return summary

@@ -78,6 +78,13 @@ def test_a_host_starts_the_same_whatever_stands_beside_it():
     assert not torch.equal(three["blocks", "0", "mlp", "up", "weight"], three["blocks", "1", "mlp", "up", "weight"])
 
 
+def test_no_two_leaves_share_their_draws():
+    params, _ = SMALL.init(k.host_keys(k.root(3), 2))
+    drawn = [leaf for leaf in params.values(True, True) if leaf[0].std() > 0]
+    beginnings = {tuple((leaf[0] / leaf[0].flatten()[0]).flatten()[1:5].mul(1e4).round().tolist()) for leaf in drawn}
+    assert len(drawn) == len(beginnings) == 2 + 4 * SMALL.n_layer
+
+
 def test_double_precision_starts_from_the_same_draws():
     keys = k.host_keys(k.root(3), 2)
     wide, _ = SMALL.init(keys, torch.float64)

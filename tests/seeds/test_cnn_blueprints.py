@@ -68,6 +68,8 @@ def test_a_seed_is_drawn_from_its_own_key(name):
     assert (both[1] == second[0]).all()
     drawn = [leaf for leaf in both.values(True, True) if leaf.std() > 0 and leaf[0].numel() > 1]
     assert all(not torch.equal(leaf[0], leaf[1]) for leaf in drawn)
+    beginnings = {tuple((leaf[0] / leaf[0].flatten()[0]).flatten()[1:5].mul(1e4).round().tolist()) for leaf in drawn}
+    assert len(beginnings) == len(drawn)
     assert bool(drawn) == (name != "norm")
 
 

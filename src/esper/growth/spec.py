@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
+from esper.growth.governor import GovernorSettings
 from esper.hosts.base import Host, Site, site
 from esper.seeds.blueprints import registry
 from esper.seeds.blueprints.registry import Blueprint
@@ -33,6 +34,7 @@ class GrowthSpec:
     freeze_fossils: bool = False
     coalition_statistics: str = "recalibrated"
     amp: str = "off"
+    governor: GovernorSettings = field(default_factory=GovernorSettings)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

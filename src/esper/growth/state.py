@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
+from esper.growth.governor import fresh_governor, take_snapshot
 from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
 from esper.seeds.bank import empty_bank
@@ -23,12 +26,13 @@ def fresh_growth(
 ) -> TensorDict:
     """Fresh hosts for `keys` `[N]` with base learning rates `[N]`: the TensorDict of `docs/design.md`, section 2.
 
-    Initial weights are drawn on the CPU and moved, so that they are the same whatever the device.
+    Initial weights are drawn on the CPU and moved, so that they are the same whatever the device. The first snapshot is
+    of this state, its metrics nan until they are measured.
     """
     n = keys.shape[0]
     keys = keys.cpu()
     params, statistics = spec.host.init(k.fold(keys, Purpose.HOST), dtype)
-    return TensorDict(
+    state = TensorDict(
         {
             "host": TensorDict(
                 {"params": params, "statistics": statistics, "moments": torch.zeros_like(params)}, batch_size=[n]
@@ -36,8 +40,19 @@ def fresh_growth(
             "seeds": empty_bank(spec.host, spec.slots, spec.blueprints, keys, dtype),
             "slots": empty_records(n, len(spec.slots)),
             "rates": TensorDict({"host": host_lr.double(), "seed": seed_lr.double()}, batch_size=[n]),
+            "governor": fresh_governor(n, spec.governor),
             "key": keys,
             "epoch": torch.zeros(n, dtype=torch.int64),
         },
         batch_size=[n],
     ).to(device)
+    return take_snapshot(state, spec.slots, _unmeasured(n, len(spec.slots)), torch.ones(n, dtype=torch.bool))
+
+
+def _unmeasured(n_hosts: int, n_slots: int) -> TensorDict:
+    """The metrics of an epoch (`esper.growth.step`) before any was measured."""
+    shapes: dict[str, tuple[int, ...]] = {"val_loss": (), "val_accuracy": (), "coalitions": (2**n_slots,)}
+    shapes |= {"train_loss": (), "train_accuracy": ()}
+    return TensorDict(
+        {name: torch.full((n_hosts, *shape), math.nan) for name, shape in shapes.items()}, batch_size=[n_hosts]
+    )

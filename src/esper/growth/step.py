@@ -1,4 +1,4 @@
-"""One epoch of growing: act, train, validate with all coalitions, record, tick (plan steps 6 and 8).
+"""One epoch of growing: act, train, validate with all coalitions, record, govern, tick (plan steps 6 and 8).
 
 The outer loop is over batches and every device is issued its hosts' step for batch `t` before batch `t + 1`. Scalars
 are read once per phase, after the last batch.
@@ -18,6 +18,7 @@ from esper.data.batches import SharedBatchIterator, evaluation_batches
 from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
+from esper.growth.governor import govern, take_snapshot
 from esper.growth.plan import Plan, live_slots, make_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
@@ -64,7 +65,11 @@ def reset(
     metrics = _metrics(scores)
     metrics["train_loss"] = metrics["val_loss"].clone()
     metrics["train_accuracy"] = torch.zeros_like(metrics["val_accuracy"])
-    return growth, metrics
+    first = [
+        take_snapshot(g, spec.slots, metrics[s.hosts], torch.ones(s.size, dtype=torch.bool))
+        for s, g in zip(shards, growth, strict=True)
+    ]
+    return first, metrics
 
 
 def run_epoch(
@@ -86,9 +91,10 @@ def run_epoch(
 
     Returns:
         The new growth states and a TensorDict `[N]` on the CPU with `before`, `lived` and `after` (slot records
-        before the step, after training and validation, after the tick), `outcome` (of the action, with `auto_culled`
-        `[N, S]`) and `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions` `[N, 2**S]`;
-        percentage points).
+        before the step, after training and validation, after governor and tick), `outcome` (of the action, with
+        `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions`
+        `[N, 2**S]`; percentage points), `panic` (bool) and `governor` (the rest of `govern`'s report). The metrics of a
+        host that panicked are those it was taken back to; what its governor saw is in the report.
     """
     before = [g["slots"].cpu() for g in growth]
     acted, outcomes = [], []
@@ -103,7 +109,7 @@ def run_epoch(
     metrics["train_loss"] = measurements["loss"].float()
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
-    done, results = [], []
+    done, results, standing = [], [], []
     for shard, g, plan, outcome in zip(shards, trained, plans, outcomes, strict=True):
         rows = shard.hosts
         contribution, error = contributions(plan, scores[rows])
@@ -115,15 +121,17 @@ def run_epoch(
             _gradients(spec, g["slots"].cpu(), measurements[rows]),
             healthy_seeds(spec, g),
         )
-        after, auto_culled = tick(lived, spec.rules)
+        g = g.clone(recurse=False).update({"slots": lived.to(shard.device), "epoch": g["epoch"] + 1})
+        g, stands, report = govern(g, spec.slots, metrics[rows], spec.governor)
+        after, auto_culled = tick(g["slots"].cpu(), spec.rules)
         outcome["auto_culled"] = auto_culled
         removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
-        done.append(
-            g.clone(recurse=False).update({"slots": after.to(shard.device), "seeds": removed, "epoch": g["epoch"] + 1})
-        )
-        results.append(TensorDict({"lived": lived, "after": after, "outcome": outcome}, batch_size=[shard.size]))
-    result = torch.cat(results)
-    result["before"], result["metrics"] = torch.cat(before), metrics
+        done.append(g.clone(recurse=False).update({"slots": after.to(shard.device), "seeds": removed}))
+        standing.append(stands)
+        parts = {"lived": lived, "after": after, "outcome": outcome, "panic": report.pop("panic"), "governor": report}
+        results.append(TensorDict(parts, batch_size=[shard.size]))
+    result: TensorDict = torch.cat(results)
+    result["before"], result["metrics"] = torch.cat(before), torch.cat(standing)
     return done, result
 
 

@@ -76,7 +76,7 @@ def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) ->
     )
 
 
-def _clear(records: TensorDict, mask: Tensor) -> TensorDict:
+def clear(records: TensorDict, mask: Tensor) -> TensorDict:
     """Empty the masked slots; only the number of seeds ever planted survives."""
     blank = empty_records(*records.batch_size, device=records.device)
     blank["planted"] = records["planted"]
@@ -85,7 +85,7 @@ def _clear(records: TensorDict, mask: Tensor) -> TensorDict:
 
 def _cull(records: TensorDict, mask: Tensor) -> TensorDict:
     """The masked seeds are gone: the slot shows CULLED until the tick walks it on."""
-    blank = put(_clear(records, mask), mask, previous_epochs_in_stage=records["epochs_in_stage"])
+    blank = put(clear(records, mask), mask, previous_epochs_in_stage=records["epochs_in_stage"])
     return put(blank, mask, stage=Stage.CULLED, previous_stage=records["stage"])
 
 
@@ -246,7 +246,7 @@ def _walk_tail(records: TensorDict, on: Tensor, embargo_epochs: int) -> TensorDi
     waiting = on & (records["stage"] == Stage.EMBARGOED)
     records = put(_enter(records, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
     records = put(records, waiting, embargo=records["embargo"] - 1)
-    return _clear(records, on & (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
+    return clear(records, on & (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
 
 
 def seed_parameters(

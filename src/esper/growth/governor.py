@@ -1,0 +1,243 @@
+"""The governor: notices that a host's training broke down, and takes that one host back (plan step 8).
+
+Per host it watches the validation loss. A loss that is not finite, a trained host that suddenly guesses, or several
+absurd losses in a row are a panic: the host and its fossils return to their last snapshot, bit by bit and with their
+moments. Nothing here looks across hosts, so every other host is what it would have been without the fault.
+
+A snapshot holds what would survive a rollback and nothing else: the host, and the seeds that were fossils when it was
+taken. Live seeds are not in it, and a seed fossilised later has adapted to a host that is no more, so both are dropped.
+Taking a host back is therefore nothing but choosing the snapshot's rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.seeds import bank, stages
+from esper.seeds.gates import in_stage
+from esper.seeds.lifecycle import clear, put
+from esper.seeds.stages import Stage
+
+_GUESS_TOLERANCE = 0.065  # a loss this close to that of a uniform guess, as a share of it, is guessing
+_TRAINED = 0.6  # a mean loss below this share of a uniform guess's belongs to a host that had learned
+_SHORTEST, _LONGEST = 3, 10
+
+
+class Reason(IntEnum):
+    """What the last check found."""
+
+    NORMAL = 0
+    NOT_FINITE = 1
+    GUESSING = 2
+    ABSURD_LOSS = 3
+
+
+@dataclass(frozen=True)
+class GovernorSettings:
+    """When a loss is a panic. Losses are nats; `absolute` and `random_guess_loss` come from the task.
+
+    A loss is absurd when it is above `absolute`, above the mean of the window by `sensitivity` standard deviations and
+    above `multiplier` times that mean; `min_panics` of them in a row are a panic. `penalty` is what a panic costs the
+    controller. Defaults are those of a task with ten classes and ten epochs of history.
+    """
+
+    absolute: float = 12.0
+    random_guess_loss: float = math.log(10.0)
+    sensitivity: float = 6.0
+    multiplier: float = 3.0
+    window: int = 20
+    min_history: int = _LONGEST
+    min_panics: int = 3
+    penalty: float = 10.0
+    snapshot_every: int = 5
+
+
+def history_epochs(max_epochs: int) -> int:
+    """Losses needed before their mean and spread are trusted: a fifth of the episode, three to ten epochs."""
+    return min(_LONGEST, max(_SHORTEST, max_epochs // 5))
+
+
+def fresh_governor(n_hosts: int, settings: GovernorSettings) -> TensorDict:
+    """The governor of `n_hosts` fresh hosts, `[N]`: `losses` `[N, window]` (newest last), `seen` (how many entered the
+    window), `consecutive` absurd losses, `panics` of the episode, and `reason`, `loss`, `threshold` of the last check,
+    with `restored_epoch` (-1 unless that check led to a rollback)."""
+    count = torch.zeros(n_hosts, dtype=torch.int64)
+    number = torch.full((n_hosts,), math.nan, dtype=torch.float64)
+    return TensorDict(
+        {
+            "losses": torch.zeros(n_hosts, settings.window, dtype=torch.float64),
+            "seen": count,
+            "consecutive": count.clone(),
+            "panics": count.clone(),
+            "reason": count.clone(),
+            "loss": number,
+            "threshold": number.clone(),
+            "restored_epoch": count - 1,
+        },
+        batch_size=[n_hosts],
+    )
+
+
+def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tuple[TensorDict, Tensor]:
+    """Judge one epoch's loss `[N]` of every host; returns the governor and the panics, bool `[N]`.
+
+    Only normal losses enter the window. Until it holds `min_history` of them, the loss of a uniform guess stands in for
+    their mean, so that a run is never unguarded; that a host guesses can only be told afterwards.
+    """
+    loss, losses = loss.double(), governor["losses"]
+    width, guess = losses.shape[1], settings.random_guess_loss
+    count = governor["seen"].clamp(max=width)
+    known = torch.arange(width, device=losses.device) >= width - count[:, None]
+    n = count.clamp(min=1)
+    mean = torch.where(known, losses, 0.0).sum(1) / n
+    spread = (torch.where(known, losses - mean[:, None], 0.0).square().sum(1) / n).sqrt()
+    enough = count >= settings.min_history
+    mean = torch.where(enough, mean, torch.full_like(mean, guess))
+    spread = torch.where(enough, spread, torch.zeros_like(spread))
+    threshold = torch.maximum(mean + settings.sensitivity * spread, settings.multiplier * mean)
+    threshold = threshold.clamp(min=settings.absolute)
+
+    finite = loss.isfinite()
+    guessing = enough & (mean < _TRAINED * guess) & ((loss - guess).abs() < _GUESS_TOLERANCE * guess)
+    absurd = finite & (loss > threshold)
+    normal = finite & ~guessing & ~absurd
+    consecutive = torch.where(absurd, governor["consecutive"] + 1, torch.full_like(count, settings.min_panics))
+    consecutive = torch.where(normal, torch.zeros_like(count), consecutive)
+    reason = torch.full_like(count, Reason.NOT_FINITE)
+    for found, code in ((absurd, Reason.ABSURD_LOSS), (guessing, Reason.GUESSING), (normal, Reason.NORMAL)):
+        reason = torch.where(found, torch.full_like(reason, code), reason)
+    longer = torch.cat([losses[:, 1:], loss[:, None]], dim=1)
+    judged = governor.clone(recurse=False).update(
+        {
+            "losses": torch.where(normal[:, None], longer, losses),
+            "seen": governor["seen"] + normal,
+            "consecutive": consecutive,
+            "reason": reason,
+            "loss": loss,
+            "threshold": threshold,
+            "restored_epoch": torch.full_like(count, -1),
+        }
+    )
+    return judged, consecutive >= settings.min_panics
+
+
+def sound_hosts(growth: TensorDict) -> Tensor:
+    """Whether all parameters, statistics and moments of each host are finite, bool `[N]` on the CPU."""
+    sound = torch.ones_like(growth["epoch"], dtype=torch.bool)
+    for leaf in growth["host"].values(include_nested=True, leaves_only=True):
+        sound = sound & leaf.isfinite().reshape(leaf.shape[0], -1).all(dim=1)
+    return sound.cpu()
+
+
+def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
+    """`new` in the rows where `mask` `[N]` is True, `old` elsewhere; every leaf keeps its bits."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.dim() - 1)), a, b)
+
+    chosen: TensorDict = new.apply(pick, old, filter_empty=False)
+    return chosen
+
+
+def take_snapshot(growth: TensorDict, slots: tuple[str, ...], metrics: TensorDict, due: Tensor) -> TensorDict:
+    """Growth whose snapshot is the present state where `due` bool `[N]`.
+
+    `slots` are the run's; `metrics` `[N]` are the epoch's, of which the snapshot keeps those of host and fossils alone
+    (the losses are the whole network's). Raises ValueError if a host would be left without any snapshot.
+    """
+    old = growth.get("snapshot", None)
+    if old is None and not due.all():
+        raise ValueError(f"due: {due.tolist()}; the first snapshot is of every host")
+    if old is not None and not due.any():
+        return growth
+    fossils = growth["slots", "stage"] == Stage.FOSSILIZED
+    now = TensorDict(
+        {
+            "host": growth["host"],
+            "seeds": bank.uproot(growth["seeds"], slots, ~fossils),
+            "slots": clear(growth["slots"], ~fossils),
+            "losses": growth["governor", "losses"],
+            "seen": growth["governor", "seen"],
+            "metrics": _of_fossils(metrics, fossils.cpu()).to(fossils.device),
+            "epoch": growth["epoch"],
+        },
+        batch_size=growth.batch_size,
+    )
+    return growth.clone(recurse=False).update({"snapshot": now if due.all() else choose(due, now, old)})
+
+
+def _of_fossils(metrics: TensorDict, fossils: Tensor) -> TensorDict:
+    """The metrics that remain when all slots but the `fossils` `[N, S]` are emptied."""
+    kept = (fossils.long() << torch.arange(fossils.shape[1])).sum(1)
+    coalitions = metrics["coalitions"]
+    members = torch.arange(coalitions.shape[1]) & kept[:, None]
+    return metrics.clone(recurse=False).update(
+        {"coalitions": coalitions.gather(1, members), "val_accuracy": coalitions.gather(1, kept[:, None]).squeeze(1)}
+    )
+
+
+def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
+    """Take the hosts where `panic` bool `[N]` back to their snapshots; all others keep their bits.
+
+    Host and fossils return with their moments, all other seeds are gone with theirs, and the loss window is the one of
+    then. What goes on counting: `epoch`, the number of seeds `planted` (so that no seed is drawn twice), the embargo of
+    a slot that waits for its end.
+    """
+    if not panic.any():
+        return growth
+    good, records, governor = growth["snapshot"], growth["slots"], growth["governor"]
+    panic = panic.to(growth["epoch"].device)
+    back = panic[:, None] & ~in_stage(records, stages.FAILED)
+    judged = governor.clone(recurse=False).update(
+        {
+            "losses": good["losses"],
+            "seen": good["seen"],
+            "consecutive": torch.zeros_like(governor["consecutive"]),
+            "panics": governor["panics"] + 1,
+            "restored_epoch": good["epoch"],
+        }
+    )
+    return growth.clone(recurse=False).update(
+        {
+            "host": choose(panic, good["host"], growth["host"]),
+            "seeds": choose(panic, good["seeds"], growth["seeds"]),
+            "slots": torch.where(back, put(good["slots"], back, planted=records["planted"]), records),
+            "governor": choose(panic, judged, governor),
+        }
+    )
+
+
+def govern(
+    growth: TensorDict, slots: tuple[str, ...], metrics: TensorDict, settings: GovernorSettings
+) -> tuple[TensorDict, TensorDict, TensorDict]:
+    """One epoch's check of all hosts of a shard, after their records are written: roll back or take snapshots.
+
+    Returns the growth, the metrics `[N]` of the hosts as they stand now (finite whatever happened), and the report
+    `[N]` on the CPU: `panic`, `reason`, `loss`, `threshold`, `consecutive` as they were judged, `restored_epoch`, and
+    `dropped` `[N, S]`, the seeds a rollback removed. A host is judged by its validation loss, or as not finite when its
+    training loss or anything it consists of is not.
+    """
+    sound = sound_hosts(growth) & metrics["train_loss"].isfinite()
+    loss = torch.where(sound, metrics["val_loss"].double(), math.nan)
+    governor, panic = check(growth["governor"].cpu(), loss, settings)
+    judged = growth.clone(recurse=False).update({"governor": governor.to(growth["epoch"].device)})
+    restored = rollback(judged, panic)
+    age = restored["epoch"].cpu() - restored["snapshot", "epoch"].cpu()
+    due = (governor["reason"] == Reason.NORMAL) & (age >= settings.snapshot_every)
+    metrics = choose(panic, restored["snapshot", "metrics"].cpu(), metrics)
+    restored = take_snapshot(restored, slots, metrics, due)
+    occupied = in_stage(growth["slots"].cpu(), stages.OCCUPIED)
+    report = governor.select("reason", "loss", "threshold", "consecutive").update(
+        {
+            "panic": panic,
+            "restored_epoch": restored["governor", "restored_epoch"].cpu(),
+            "dropped": occupied & ~in_stage(restored["slots"].cpu(), stages.OCCUPIED),
+        }
+    )
+    return restored, metrics, report

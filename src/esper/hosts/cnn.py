@@ -52,7 +52,7 @@ class CNNHost:
 
     def channels(self, block: int) -> int:
         """Output channels of a block."""
-        return self.base_channels * 2**block
+        return self.base_channels << block
 
     def init(self, keys: Tensor, dtype: torch.dtype = torch.float32) -> tuple[TensorDict, TensorDict]:
         n = list(keys.shape)

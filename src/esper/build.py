@@ -1,0 +1,133 @@
+"""From a configuration to the running parts: task, environment, policy, collector.
+
+Every function does one step, so that a notebook can take any of them and swap the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from esper import keys as k
+from esper.config import TrainingConfig
+from esper.control.policy import RecurrentPolicy
+from esper.data.batches import calibration_batch, require_batches
+from esper.data.splits import Splits
+from esper.devices import check_devices, host_groups
+from esper.environment.env import EnvSettings, GrowthEnv, Observer
+from esper.environment.observation import ObservationSettings
+from esper.environment.rewards import RewardSettings
+from esper.environment.signals import SignalTracker
+from esper.growth.executors.base import Executor
+from esper.growth.executors.loop import LoopExecutor
+from esper.growth.executors.stacked import StackedExecutor
+from esper.growth.spec import GrowthSpec
+from esper.growth.step import EpochSettings, Shard
+from esper.seeds.lifecycle import LifecycleRules
+from esper.seeds.slots import ordered_slots
+from esper.tasks import Task, get_task
+
+
+def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
+    """What grows, and by which rules."""
+    max_epochs = config.max_epochs or task.max_epochs
+    rules = LifecycleRules(
+        max_epochs=max_epochs,
+        blending_epochs=task.blending_epochs,
+        train_to_blend_fraction=task.train_to_blend_fraction,
+        strict_gates=config.gates == "strict",
+        incubation=config.incubation,
+        embargo_epochs=config.embargo_epochs,
+        max_seeds=config.max_seeds,
+    )
+    return GrowthSpec(
+        host=task.host(),
+        slots=ordered_slots(config.slots),
+        blueprints=config.blueprints or task.blueprints,
+        rules=rules,
+        momentum=task.momentum,
+        host_weight_decay=task.host_weight_decay,
+        seed_weight_decay=task.seed_weight_decay,
+        lr_schedule=config.lr_schedule,
+        freeze_fossils=config.freeze_fossils,
+        coalition_statistics=config.coalition_statistics,
+        amp=config.amp,
+    )
+
+
+def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device) -> Executor:
+    """`"auto"` is the loop over all cores on a CPU and the stacked program on a GPU."""
+    kind = config.executor
+    if kind == "auto":
+        kind = "loop" if device.type == "cpu" else "stacked"
+    if kind == "loop":
+        return LoopExecutor(spec, workers=max(1, len(os.sched_getaffinity(0))))
+    return StackedExecutor(spec, device)
+
+
+def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch_size: int) -> list[Shard]:
+    """Hosts in contiguous groups, one per device, each with its copy of the data."""
+    devices, _ = check_devices(config.devices, config.device)
+    require_batches(splits, batch_size)
+    calibration = None
+    if config.coalition_statistics == "recalibrated":
+        calibration = calibration_batch(splits, k.root(config.seed), batch_size)
+    shards = []
+    for device, group in zip(devices, host_groups(config.n_envs, len(devices)), strict=True):
+        shards.append(
+            Shard(
+                device=device,
+                first=group.start,
+                size=len(group),
+                executor=build_executor(config, spec, device),
+                splits=splits.to(device),
+                calibration=None if calibration is None else calibration.to(device),
+            )
+        )
+    return shards
+
+
+def build_env(config: TrainingConfig, observer: Observer | None = None) -> GrowthEnv:
+    """The environment of a run. Raises InputError or ValueError for devices, data or sizes that cannot work."""
+    task = get_task(config.task)
+    spec = build_spec(config, task)
+    splits = task.load(k.root(config.seed), Path(config.data_dir))
+    batch_size = config.batch_size or task.batch_size
+    shards = build_shards(config, spec, splits, batch_size)
+    settings = EnvSettings(
+        seed=config.seed,
+        n_hosts=config.n_envs,
+        host_lr=config.host_lr or task.host_lr,
+        seed_lr=config.seed_lr or task.seed_lr,
+        observation=ObservationSettings(
+            slots=spec.slots,
+            n_blueprints=len(spec.blueprints),
+            max_epochs=spec.rules.max_epochs,
+            host_parameters=spec.host_parameters,
+            max_seeds=spec.rules.max_seeds,
+            use_telemetry=config.use_telemetry,
+        ),
+        tracker=SignalTracker(),
+        reward=RewardSettings(
+            family=config.reward_family,
+            mode=config.reward_mode,
+            gamma=config.gamma,
+            max_epochs=spec.rules.max_epochs,
+            host_parameters=spec.host_parameters,
+            param_budget=config.param_budget or 4 * spec.host_parameters,
+            param_penalty_weight=config.param_penalty_weight,
+            sparse_reward_scale=config.sparse_reward_scale,
+        ),
+    )
+    epochs = EpochSettings(batch_size=batch_size, augment=task.augment)
+    return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
+
+
+def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy | ControllerPolicy:
+    """Who decides: the learning policy, or a scripted controller behind the same TorchRL interface."""
+    if config.controller == "ppo":
+        policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
+        return policy.to(config.device)
+    return scripted(config, env)

@@ -1,0 +1,217 @@
+"""`GrowthEnv`: N hosts growing side by side as one batched TorchRL environment (plan steps 6 and 8).
+
+All dynamics are in the state, a TensorDict; the environment holds that value and rebinds the result of a pure step, so saving
+the state saves the environment exactly. Hosts and seeds never enter the TensorDicts that a collector stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Composite, MultiCategorical, Unbounded
+from torchrl.envs import EnvBase
+
+from esper import keys as k
+from esper.environment.masks import action_masks
+from esper.environment.observation import ObservationSettings, observe
+from esper.environment.rewards import COMPONENTS, RewardSettings, reward
+from esper.environment.signals import SignalTracker
+from esper.growth.spec import GrowthSpec
+from esper.growth.step import EpochSettings, Shard, reset, run_epoch
+from esper.keys import Purpose
+from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
+from esper.seeds.slots import LAYOUT
+from esper.seeds.stages import BLENDS
+
+Observer = Callable[[TensorDict], None]
+"""Called after every step with what happened, for telemetry; must not change it."""
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """Everything about an environment that is not the growth itself.
+
+    `host_lr` and `seed_lr` are the hosts' base learning rates; `seed` is the run seed from which every draw derives.
+    """
+
+    seed: int
+    n_hosts: int
+    host_lr: float
+    seed_lr: float
+    observation: ObservationSettings
+    tracker: SignalTracker
+    reward: RewardSettings
+
+
+class GrowthEnv(EnvBase):
+    """Batched environment with `batch_size [N]`; one step is one epoch of every host.
+
+    `reset` builds fresh hosts and observes them after one validation pass without training. `step` carries out one action
+    per host, trains an epoch, validates all coalitions, ticks the lifecycle, and returns the reward of what happened. After
+    `max_epochs` steps every host is truncated. A host that the governor rolled back ends its segment (`terminated`); a
+    partial reset lets the restored host go on as a new segment of the same episode.
+    """
+
+    def __init__(
+        self,
+        spec: GrowthSpec,
+        shards: Sequence[Shard],
+        epochs: EpochSettings,
+        settings: EnvSettings,
+        device: torch.device | str = "cpu",
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(device=device, batch_size=[settings.n_hosts])
+        self.spec, self.shards, self.epochs, self.settings = spec, tuple(shards), epochs, settings
+        self.observer = observer
+        self.state: TensorDict | None = None
+        self.finished: TensorDict | None = None
+        self._layout = torch.tensor([spec.slots.index(name) if name in spec.slots else -1 for name in LAYOUT])
+        self._make_specs()
+
+    def _make_specs(self) -> None:
+        n, device = self.settings.n_hosts, self.device
+
+        def flags(*shape: int) -> Binary:
+            return Binary(shape[-1], shape=(n, *shape), dtype=torch.bool, device=device)
+
+        def number(*shape: int, dtype: torch.dtype = torch.float32) -> Unbounded:
+            return Unbounded(shape=(n, *shape), dtype=dtype, device=device)
+
+        self.observation_spec = Composite(
+            observation=number(self.settings.observation.width),
+            mask_op=flags(len(Op)),
+            mask_slot=flags(len(Op), len(LAYOUT)),
+            mask_blueprint=flags(MAX_BLUEPRINTS),
+            mask_blend=flags(len(BLENDS)),
+            key=number(dtype=torch.int64),
+            is_init=flags(1),
+            components=Composite({name: number() for name in COMPONENTS}, shape=(n,), device=device),
+            shape=(n,),
+            device=device,
+        )
+        sizes = {"slot": len(LAYOUT), "blueprint": MAX_BLUEPRINTS, "blend": len(BLENDS), "op": len(Op)}
+        self.action_spec = MultiCategorical(
+            [sizes[head] for head in HEADS], shape=(n, len(HEADS)), dtype=torch.int64, device=device
+        )
+        self.reward_spec = number(1)
+        self.done_spec = Composite(
+            {name: flags(1) for name in ("done", "terminated", "truncated")}, shape=(n,), device=device
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Draws are keyed by the run seed in the settings; TorchRL's seeding has nothing to set."""
+
+    @property
+    def episode(self) -> int:
+        """Episodes started before the present one; -1 before the first reset."""
+        return -1 if self.state is None else int(self.state["episode"])
+
+    @property
+    def epoch(self) -> int:
+        """Epochs trained in the present episode."""
+        return 0 if self.state is None else int(self.state["epoch"])
+
+    def growth(self) -> list[TensorDict]:
+        """The growth state of every shard."""
+        if self.state is None:
+            raise RuntimeError("the environment has no state before its first reset")
+        return [self.state["growth", str(i)] for i in range(len(self.shards))]
+
+    def finished_growth(self) -> list[TensorDict]:
+        """The growth state of every shard at the end of the last whole episode (collectors reset at once)."""
+        if self.finished is None:
+            raise RuntimeError("no episode has finished yet")
+        return [self.finished["growth", str(i)] for i in range(len(self.shards))]
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        asked = None if tensordict is None else tensordict.get("_reset", None)
+        if asked is None or self.state is None or self.epoch >= self.spec.rules.max_epochs:
+            self.state = self._fresh(self.episode + 1)
+            asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        observed = self._observe(self.state, asked.reshape(*self.batch_size, 1))
+        for name in ("done", "terminated", "truncated"):
+            observed[name] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        return observed
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        if self.state is None:
+            raise RuntimeError("step before reset")
+        action = tensordict["action"].cpu()
+        own = action.clone()
+        own[:, SLOT] = self._layout[action[:, SLOT]]
+        tracker = self.state["tracker"]
+        growth, result = run_epoch(
+            self.spec, self.shards, self.epochs, self.growth(), own, tracker["val_accuracy"], self.epoch
+        )
+        tracker = self.settings.tracker.update(tracker, result["metrics"])
+        epoch = self.epoch + 1
+        last = epoch >= self.spec.rules.max_epochs
+        result["tracker"] = tracker
+        paid = reward(result, self.settings.reward, terminal=last)
+        self.state = TensorDict(
+            {
+                "growth": _groups(growth),
+                "tracker": tracker,
+                "episode": self.state["episode"],
+                "epoch": torch.tensor(epoch),
+                "components": paid.select(*COMPONENTS),
+            }
+        )
+        if last:
+            self.finished = self.state
+        panic = result["panic"]
+        observed = self._observe(self.state, torch.zeros(*self.batch_size, 1, dtype=torch.bool))
+        observed["reward"] = paid["total"].unsqueeze(-1).to(self.device)
+        observed["terminated"] = panic.unsqueeze(-1).to(self.device)
+        observed["truncated"] = torch.full_like(observed["terminated"], last) & ~observed["terminated"]
+        observed["done"] = observed["terminated"] | observed["truncated"]
+        if self.observer is not None:
+            result["action"], result["reward"], result["components"] = action, paid["total"], paid
+            self.observer(result)
+        return observed
+
+    def _fresh(self, episode: int) -> TensorDict:
+        n = self.settings.n_hosts
+        keys = k.host_keys(k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode), n)
+        host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
+        seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
+        growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
+        tracker = self.settings.tracker.update(self.settings.tracker.init(n), metrics, epoch=0)
+        return TensorDict(
+            {
+                "growth": _groups(growth),
+                "tracker": tracker,
+                "episode": torch.tensor(episode),
+                "epoch": torch.tensor(0),
+                "components": TensorDict({name: torch.zeros(n) for name in COMPONENTS}, batch_size=[n]),
+            }
+        )
+
+    def records(self) -> TensorDict:
+        """Slot records `[N, S]` of all hosts, on the CPU."""
+        return torch.cat([g["slots"].cpu() for g in self.growth()])
+
+    def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
+        records = self.records()
+        masks = action_masks(records, self.settings.observation)
+        keys = torch.cat([g["key"].cpu() for g in self.growth()])
+        observed = TensorDict(
+            {
+                "observation": observe(records, state["tracker"], self.settings.observation),
+                **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
+                "key": k.fold(keys, Purpose.POLICY, state["epoch"]),
+                "is_init": is_init,
+                "components": state["components"],
+            },
+            batch_size=self.batch_size,
+        )
+        return observed.to(self.device)
+
+
+def _groups(growth: Sequence[TensorDict]) -> TensorDict:
+    return TensorDict({str(i): g for i, g in enumerate(growth)})

@@ -10,11 +10,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
-from esper.hosts import init
+from esper.hosts import init, ops
 from esper.hosts.base import Site, Tree
 
 _SITE_NAMES = ("early", "mid", "late")
-_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -100,25 +99,16 @@ class CNNHost:
         pooled = self.n_blocks if self.pool_layers is None else self.pool_layers
         for i in range(start, stop):
             block, moving = params["blocks"][str(i)], updated[str(i)]
-            mean, var = moving["mean"], moving["var"]
-            if momentum is not None:
-                # batch_norm writes into its running statistics; clones keep the function pure, also under vmap.
-                mean, var = mean.clone(), var.clone()
-                updated[str(i)] = {"mean": mean, "var": var}
-            h = F.conv2d(h, block["conv"]["weight"], padding=1)
-            h = F.batch_norm(
-                h,
-                mean,
-                var,
+            h, mean, var = ops.norm_relu_pool(
+                ops.conv2d(h, block["conv"]["weight"]),
+                moving["mean"],
+                moving["var"],
                 block["norm"]["weight"],
                 block["norm"]["bias"],
-                training=momentum is not None,
-                momentum=momentum or 0.0,
-                eps=_EPS,
+                momentum=momentum,
+                pool=2 if i < pooled else 1,
             )
-            h = F.relu(h)
-            if i < pooled:
-                h = F.max_pool2d(h, 2)
+            updated[str(i)] = {"mean": mean, "var": var}
         return h, {"blocks": updated}
 
     def head(self, params: Tree, h: Tensor) -> Tensor:

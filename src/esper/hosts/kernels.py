@@ -62,8 +62,8 @@ def _conv_weight_kernel(
     dy, dx = tap // K - K // 2, tap % K - K // 2
     shift = channel * (H * W) + dy * W + dx
     total = tl.zeros((BO, BT), dtype=tl.float32)
-    for start in range(chunk * share, tl.minimum((chunk + 1) * share, pixels), BP):
-        p = start + tl.arange(0, BP)
+    for start in range(0, share, BP):
+        p = chunk * share + start + tl.arange(0, BP)
         valid = p < pixels
         sample, place = p // (H * W), p % (H * W)
         row, column = place // W, place % W

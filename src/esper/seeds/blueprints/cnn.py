@@ -10,6 +10,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.hosts import init
 from esper.hosts.base import Tree
+from esper.hosts.ops import conv2d
 from esper.seeds.blueprints.registry import Blueprint, register
 
 _TOPOLOGY = "cnn"
@@ -75,7 +76,7 @@ def _depthwise_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 
 def _depthwise(params: Tree, x: Tensor) -> Tensor:
     y = F.conv2d(x, params["depthwise"], padding=1, groups=x.shape[-3])
-    y = F.conv2d(y, params["pointwise"])
+    y = conv2d(y, params["pointwise"])
     return x + F.relu(_group_norm(y, params["weight"], params["bias"]))
 
 
@@ -84,7 +85,7 @@ def _conv_light_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorD
 
 
 def _conv_unit(params: Tree, x: Tensor) -> Tensor:
-    return F.relu(_group_norm(F.conv2d(x, params["conv"], padding=1), params["weight"], params["bias"]))
+    return F.relu(_group_norm(conv2d(x, params["conv"]), params["weight"], params["bias"]))
 
 
 def _conv_light(params: Tree, x: Tensor) -> Tensor:
@@ -122,9 +123,9 @@ def _conv_expand_init(keys: Tensor, channels: int, dtype: torch.dtype) -> Tensor
 
 
 def _conv_expand(params: Tree, x: Tensor) -> Tensor:
-    y = F.conv2d(x, params["up"], padding=1)
+    y = conv2d(x, params["up"])
     y = F.relu(_group_norm(y, params["up_weight"], params["up_bias"]))
-    y = F.conv2d(y, params["down"], padding=1)
+    y = conv2d(y, params["down"])
     return x + _group_norm(y, params["down_weight"], params["down_bias"])
 
 

@@ -1,0 +1,158 @@
+"""The two operators in which image networks spend their time, for one host, with a fused form for stacks of hosts.
+
+Outside `fused()` they are plain PyTorch and the specification. Inside, under `torch.func.vmap` on a CUDA device, a
+stack of hosts runs the Triton kernels of `esper.hosts.kernels` instead; float64, windows that do not divide the image
+and hosts that are not stacked keep the plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+
+EPS = 1e-5
+_FUSED: ContextVar[bool] = ContextVar("esper_fused", default=False)
+
+
+@contextmanager
+def fused(enabled: bool = True) -> Iterator[None]:
+    """Let stacks of hosts use the fused kernels within the block."""
+    token = _FUSED.set(enabled)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
+
+
+def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution `[B, C, H, W]` with `[O, C, K, K]`, `K` odd, padded to keep `H` and `W`."""
+    if _stacked(x, weight):
+        result: Tensor = _Conv.apply(x, _cast(weight))
+        return result
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def norm_relu_pool(
+    h: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *, momentum: float | None, pool: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm, ReLU and (for `pool` 2) max-pooling of `h` `[B, C, H, W]`, with the statistics `[C]` afterwards.
+
+    `momentum` None normalises by `mean` and `var`; a number normalises by the batch and moves them by that share.
+    """
+    if _stacked(h, weight) and h.shape[-1] % pool == 0 and h.shape[-2] % pool == 0:
+        if momentum is None:
+            scale = weight * (var + EPS).rsqrt()
+            return _Activate.apply(h, torch.stack((scale, bias - mean * scale), -1), pool), mean, var
+        out, batch = _NormActivate.apply(h, weight, bias, pool)
+        count = h.shape[0] * h.shape[2] * h.shape[3]
+        batch_mean, batch_var = batch[..., 0], batch[..., 1] * (count / max(1, count - 1))
+        return out, mean + momentum * (batch_mean - mean), var + momentum * (batch_var - var)
+    if momentum is not None:
+        # batch_norm writes into its running statistics; clones keep the function pure, also under vmap.
+        mean, var = mean.clone(), var.clone()
+    training = momentum is not None
+    h = F.relu(F.batch_norm(h, mean, var, weight, bias, training=training, momentum=momentum or 0.0, eps=EPS))
+    return (F.max_pool2d(h, pool) if pool > 1 else h), mean, var
+
+
+def _stacked(x: Tensor, weight: Tensor) -> bool:
+    return _FUSED.get() and x.is_cuda and weight.dtype is not torch.float64 and is_batchedtensor(weight)
+
+
+def _cast(weight: Tensor) -> Tensor:
+    """The weight in autocast's type; the features are rounded inside the kernel."""
+    if torch.is_autocast_enabled("cuda"):
+        return weight.to(torch.get_autocast_dtype("cuda"))
+    return weight
+
+
+def _stack(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
+    """Bring the host axis to the front of every tensor; what all hosts share is expanded, not copied."""
+    return [
+        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip(tensors, in_dims, strict=False)
+    ]
+
+
+class _Stacked(torch.autograd.Function):
+    """A function of stacks only: unstacked it is never called, stacked it runs `over`."""
+
+    over: Callable[..., Any]
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        raise RuntimeError("fused operators run under torch.func.vmap only")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class _Conv(_Stacked):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor) -> tuple[Tensor, int]:
+        return _StackedConv.apply(*_stack(info, in_dims, x, w)), 0
+
+
+class _Activate(_Stacked):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], h: Tensor, affine: Tensor, pool: int) -> tuple[Tensor, int]:
+        from esper.hosts import kernels
+
+        h, affine = _stack(info, in_dims, h, affine)
+        return kernels.activate(h.contiguous(), affine.float().contiguous(), pool), 0
+
+
+class _NormActivate(_Stacked):
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], h: Tensor, weight: Tensor, bias: Tensor, pool: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return _StackedNormActivate.apply(*_stack(info, in_dims, h, weight, bias), pool), (0, 0)
+
+
+class _StackedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        from esper.hosts import kernels
+
+        ctx.save_for_backward(x, w)
+        return kernels.conv(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        from esper.hosts import kernels
+
+        x, w = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad
+        return (
+            kernels.conv_input_grad(g, w).to(x.dtype) if needs_x else None,
+            kernels.conv_weight_grad(x, g, w.shape[-1]).to(w.dtype) if needs_w else None,
+        )
+
+
+class _StackedNormActivate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+        from esper.hosts import kernels
+
+        h = h.contiguous()
+        statistics, affine = kernels.moments(h, weight, bias, EPS)
+        ctx.save_for_backward(h, affine, statistics)
+        ctx.pool = pool
+        ctx.mark_non_differentiable(statistics)
+        return kernels.activate(h, affine, pool), statistics
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from esper.hosts import kernels
+
+        h, weight, bias = kernels.activate_grad(*ctx.saved_tensors, g, ctx.pool, EPS)
+        return h, weight, bias, None

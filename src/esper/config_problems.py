@@ -42,7 +42,11 @@ def problems(data: Mapping[str, Any]) -> list[str]:
         Fields.model_validate(dict(data))
     except ValidationError as error:
         schema = Fields.model_json_schema()
-        for item in error.errors(include_url=False, include_context=False):
+        items = error.errors(include_url=False, include_context=False)
+        for item in items:
+            # A list whose entries are refused is also called too short: the entries are the problem.
+            if item["type"] == "too_short" and any(other["loc"][:-1] == item["loc"] for other in items):
+                continue
             found.append(_describe(schema, item["loc"], item["type"], item["input"]))
             wrong.add(str(item["loc"][0]))
     sound = Fields.model_validate({name: value for name, value in data.items() if name not in wrong})
@@ -66,8 +70,8 @@ def _describe(schema: Schema, loc: tuple[int | str, ...], kind: str, value: Any)
         hint = f"did you mean {close[0]}?" if close else f"known fields are {', '.join(known)}"
         return _line(place, value, f"there is no such field; {hint}")
     if kind == "missing":
-        return f"{place}: missing: {_legal(schema, _descend(schema, loc))}"
-    return _line(place, value, f"must be {_legal(schema, _descend(schema, loc))}")
+        return f"{place}: missing: {legal(schema, _descend(schema, loc))}"
+    return _line(place, value, f"must be {legal(schema, _descend(schema, loc))}")
 
 
 def _resolve(schema: Schema, part: Schema) -> Schema:
@@ -75,12 +79,13 @@ def _resolve(schema: Schema, part: Schema) -> Schema:
     return part if name is None else schema["$defs"][name.rsplit("/", 1)[1]]
 
 
-def _alternatives(schema: Schema, part: Schema) -> list[Schema]:
+def alternatives(schema: Schema, part: Schema) -> list[Schema]:
+    """What a part of a JSON schema allows: itself, or the options it lists, with references followed."""
     return [_resolve(schema, option) for option in part.get("anyOf", [part])]
 
 
 def _properties(schema: Schema, part: Schema) -> Schema:
-    properties: Schema = next(option for option in _alternatives(schema, part) if "properties" in option)["properties"]
+    properties: Schema = next(option for option in alternatives(schema, part) if "properties" in option)["properties"]
     return properties
 
 
@@ -88,14 +93,15 @@ def _descend(schema: Schema, loc: tuple[int | str, ...]) -> Schema:
     part = schema
     for step in loc:
         if isinstance(step, int):
-            part = next(option for option in _alternatives(schema, part) if "items" in option)["items"]
+            part = next(option for option in alternatives(schema, part) if "items" in option)["items"]
         else:
             part = _properties(schema, part)[step]
     return part
 
 
-def _legal(schema: Schema, part: Schema) -> str:
-    return " or ".join(_legal_type(schema, option) for option in _alternatives(schema, part))
+def legal(schema: Schema, part: Schema) -> str:
+    """What a part of a JSON schema allows, in words."""
+    return " or ".join(_legal_type(schema, option) for option in alternatives(schema, part))
 
 
 def _legal_type(schema: Schema, part: Schema) -> str:
@@ -104,7 +110,7 @@ def _legal_type(schema: Schema, part: Schema) -> str:
     if part["type"] == "array":
         least, most = part.get("minItems", 0), part.get("maxItems")
         count = f"{least} to {most}" if most is not None else f"{least} or more"
-        return f"a list of {count} entries, each {_legal(schema, part['items'])}"
+        return f"a list of {count} entries, each {legal(schema, part['items'])}"
     if part["type"] == "object":
         return "an object with the fields " + ", ".join(part["properties"])
     words = {

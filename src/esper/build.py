@@ -18,11 +18,12 @@ from esper.data.splits import Splits
 from esper.devices import check_devices, host_groups
 from esper.environment.env import EnvSettings, GrowthEnv, Observer
 from esper.environment.observation import ObservationSettings
-from esper.environment.rewards import RewardSettings
+from esper.environment.rewards import LossSettings, RewardSettings
 from esper.environment.signals import SignalTracker
 from esper.growth.executors.base import Executor
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
+from esper.growth.governor import GovernorSettings, history_epochs
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard
 from esper.seeds.lifecycle import LifecycleRules
@@ -54,6 +55,11 @@ def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
         freeze_fossils=config.freeze_fossils,
         coalition_statistics=config.coalition_statistics,
         amp=config.amp,
+        governor=GovernorSettings(
+            absolute=task.governor_loss_threshold,
+            random_guess_loss=task.random_guess_loss,
+            min_history=history_epochs(max_epochs),
+        ),
     )
 
 
@@ -119,15 +125,14 @@ def build_env(config: TrainingConfig, observer: Observer | None = None) -> Growt
             param_budget=config.param_budget or 4 * spec.host_parameters,
             param_penalty_weight=config.param_penalty_weight,
             sparse_reward_scale=config.sparse_reward_scale,
+            loss=LossSettings(task.baseline_loss, task.target_loss, task.typical_loss_delta_std, task.loss_rent_weight),
         ),
     )
     epochs = EpochSettings(batch_size=batch_size, augment=task.augment)
     return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
 
 
-def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy | ControllerPolicy:
+def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy:
     """Who decides: the learning policy, or a scripted controller behind the same TorchRL interface."""
-    if config.controller == "ppo":
-        policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
-        return policy.to(config.device)
-    return scripted(config, env)
+    policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
+    return policy.to(config.device)

@@ -89,9 +89,7 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
         entropy_coef_start=config.entropy_coef_start,
         entropy_coef_end=config.entropy_coef_end,
         entropy_coef_min=config.entropy_coef_min,
-        entropy_anneal_steps=anneal_steps(
-            config.entropy_anneal_episodes, config.n_envs, config.ppo_updates_per_batch
-        ),
+        entropy_anneal_steps=anneal_steps(config.entropy_anneal_episodes, config.n_envs, config.ppo_updates_per_batch),
     )
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
     return Learner(policy, optimizer, reward_scale(), settings, k.root(config.seed))
@@ -134,9 +132,7 @@ def train(*, run_dir: Path, events: EventLog, progress: Progress, resume: Path |
     return summary
 
 
-def _observer(
-    env: GrowthEnv, events: EventLog, progress: Progress, book: RolloutBook
-) -> Callable[[TensorDict], None]:
+def _observer(env: GrowthEnv, events: EventLog, progress: Progress, book: RolloutBook) -> Callable[[TensorDict], None]:
     def observe(result: TensorDict) -> None:
         record_step(events, result, env.spec, env.episode, env.epoch - 1)
         book.add(result)

@@ -181,7 +181,7 @@ class GrowthEnv(EnvBase):
         host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
         growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
-        tracker = self.settings.tracker.update(self.settings.tracker.init(n), metrics, epoch=0)
+        tracker = self.settings.tracker.start(metrics)
         return TensorDict(
             {
                 "growth": _groups(growth),

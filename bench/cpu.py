@@ -1,0 +1,191 @@
+"""How fast hosts grow on a CPU, against a plain loop of modules in the same process.
+
+    python bench/cpu.py                # N = 1, 4, 8, 16; prints a table, writes bench-cpu.json
+    python bench/cpu.py --hosts 2 --rounds 1 --images 256
+
+Each line is the median ratio over rounds that alternate between the two, so that a machine that slows down slows
+both. "grown" hosts hold a fully blended conv_light seed behind the second block; both sides then also validate
+without it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from esper import keys as k
+from esper.build import build_controller, build_env
+from esper.config import TrainingConfig
+from esper.control.policy import RecurrentPolicy
+from esper.data.batches import SharedBatchIterator, evaluation_batches
+from esper.data.synthetic import load_synthetic
+from esper.environment.env import GrowthEnv
+from esper.events import EventLog
+from esper.learn.collector import BatchFirstCollector
+from esper.run import build_learner
+from esper.seeds.stages import Stage
+from esper.tasks import get_task, register_task
+from esper.telemetry import record_step
+from plain import PlainHost, epoch
+
+TASK = "bench_synthetic"
+
+
+def register(images: int) -> None:
+    """The synthetic task with `images` training and a quarter as many validation images."""
+    register_task(
+        replace(
+            get_task("synthetic"),
+            name=TASK,
+            load=lambda key, folder: load_synthetic(key, images, images // 4, 64),
+            batch_size=128,
+            augment=False,
+        )
+    )
+
+
+def make_env(n: int, max_epochs: int) -> GrowthEnv:
+    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=max_epochs, slots=["early", "mid", "late"])
+    env = build_env(config)
+    env.reset()
+    return env
+
+
+def plant(env: GrowthEnv) -> None:
+    """Give every host a conv_light seed in the second slot, fully blended."""
+    growth = env.growth()[0]
+    records = growth["slots"].clone()
+    j, b = env.spec.slots.index("mid"), env.spec.blueprints.index("conv_light")
+    records["stage"][:, j], records["blueprint"][:, j] = Stage.FOSSILIZED, b
+    records["blend"][:, j], records["alpha"][:, j], records["planted"][:, j] = 0, 1.0, 1
+    from esper.seeds import bank
+
+    germinated = torch.zeros_like(records["healthy"])
+    germinated[:, j] = True
+    spec = env.spec
+    growth["seeds"] = bank.plant(
+        growth["seeds"], spec.host, spec.slots, spec.blueprints, germinated, records, growth["key"]
+    )
+    growth["slots"] = records
+
+
+def wait(n: int) -> torch.Tensor:
+    return torch.zeros(n, 4, dtype=torch.int64)
+
+
+def ours(env: GrowthEnv) -> float:
+    """Seconds of one environment step, observation and reward included."""
+    td = env.fake_tensordict()
+    td["action"] = wait(env.batch_size[0])
+    start = time.perf_counter()
+    env._step(td)
+    return time.perf_counter() - start
+
+
+def plain(env: GrowthEnv, seeded: bool) -> float:
+    """Seconds of the same epoch of the same data in a loop of modules."""
+    n, splits = env.batch_size[0], env.shards[0].splits
+    hosts = [PlainHost(3, 10, env.spec.host.channels(0), seeded) for _ in range(n)]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(h.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4) for h in hosts
+    ]
+    keys = k.host_keys(k.root(0), n)
+
+    def stream(i: int):
+        for batch in SharedBatchIterator([splits], [keys[i : i + 1]], env.epochs.batch_size, 0):
+            yield batch[0][0][0], batch[0][1][0]
+
+    validation = list(evaluation_batches(splits, splits.validation, 512))
+    start = time.perf_counter()
+    epoch(hosts, optimisers, [stream(i) for i in range(n)], validation)
+    return time.perf_counter() - start
+
+
+def compare(n: int, rounds: int, seeded: bool) -> dict[str, float]:
+    env = make_env(n, max_epochs=rounds + 1)
+    if seeded:
+        plant(env)
+    pairs = []
+    ours(env), plain(env, seeded)
+    for _ in range(rounds):
+        pairs.append((ours(env), plain(env, seeded)))
+    return {
+        "env_epochs_per_second": n / statistics.median(a for a, _ in pairs),
+        "plain_env_epochs_per_second": n / statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(b / a for a, b in pairs),
+    }
+
+
+def overhead(n: int, epochs: int) -> float:
+    """Share of a rollout with its update that is neither training nor validation: controller, PPO and telemetry."""
+    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=epochs, slots=["early", "mid", "late"], n_episodes=n)
+    env = build_env(config)
+    policy = build_controller(config, env)
+    assert isinstance(policy, RecurrentPolicy)
+    learner = build_learner(config, policy)
+    inside = 0.0
+    step = env._step
+
+    def timed(td):
+        nonlocal inside
+        start = time.perf_counter()
+        result = step(td)
+        inside += time.perf_counter() - start
+        return result
+
+    env._step = timed
+    with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder) / "run", {}) as log:
+        writing = 0.0
+
+        def observe(result):
+            nonlocal writing
+            start = time.perf_counter()
+            record_step(log, result, env.spec, 0, 0)
+            writing += time.perf_counter() - start
+
+        env.observer = observe
+        collector = BatchFirstCollector(env, policy, rollouts=1)
+        start = time.perf_counter()
+        for rollout in collector:
+            learner.learn(rollout)
+        total = time.perf_counter() - start
+        collector.shutdown()
+    return 1.0 - (inside - writing) / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--out", type=Path, default=Path("bench-cpu.json"))
+    given = parser.parse_args()
+    register(given.images)
+    rows = []
+    for n in given.hosts:
+        for seeded in (False, True):
+            row = {"hosts": n, "grown": seeded, **compare(n, given.rounds, seeded)}
+            rows.append(row)
+            print(
+                f"N={n:3d} {'grown' if seeded else 'bare ':5s} {row['env_epochs_per_second']:6.2f} env-epochs/s, "
+                f"plain loop {row['plain_env_epochs_per_second']:6.2f}, ratio {row['ratio']:.2f}",
+                flush=True,
+            )
+    share = overhead(max(given.hosts), 3)
+    print(f"controller, PPO and telemetry: {100 * share:.1f} % of a rollout at N={max(given.hosts)}")
+    given.out.write_text(json.dumps({"rows": rows, "overhead": share, "torch": torch.__version__}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

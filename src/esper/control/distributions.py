@@ -177,7 +177,7 @@ class FactoredActions(Distribution):
 
     def head_terms(self, action: Tensor) -> HeadTerms:
         """Per-head log-probabilities and normalised entropies of `action` `[..., 4]`, given its op. Rollout and update
-        both come here, so frozen weights give a ratio of exactly one."""
+        both come here, so equal logits give a ratio of exactly one."""
         heads, relevant = self.given(action[..., OP])
         zero = torch.zeros((), dtype=heads.logits.dtype, device=action.device)
         return HeadTerms(

@@ -1,6 +1,7 @@
 """The configuration: its surface, its ranges, its contradictions, and how a mistake is reported."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -206,6 +207,14 @@ def test_all_problems_are_reported_at_once() -> None:
     ]
 
 
+def test_a_problem_is_one_line_whatever_the_value() -> None:
+    for value in ({"a": [1, {"b": None}]}, {(1, 2): "x"}, object(), "two\nlines", ["x" * 500]):
+        (problem,) = problems_of(lr=value)
+        assert problem.startswith("lr: ")
+        assert "\n" not in problem
+        assert len(problem) < 200
+
+
 def test_an_unknown_key_suggests_the_known_one() -> None:
     (problem,) = problems_of(n_env=3)
     assert "did you mean n_envs?" in problem
@@ -293,11 +302,12 @@ def test_names_agree_with_the_modules_behind_them() -> None:
         assert set(task.blueprints) <= set(catalogue.blueprint_names(task.topology))
 
 
-def test_a_blueprint_of_ones_own_can_be_named() -> None:
-    catalogue.add_blueprint("cnn", "mine")
+def test_a_blueprint_of_ones_own_can_be_named_once_it_is_registered() -> None:
+    norm = registry.get("cnn", "norm")
+    registry.register(replace(norm, name="mine"))
     try:
         assert TrainingConfig(blueprints=["mine"]).blueprints == ("mine",)
     finally:
-        catalogue.remove_blueprint("cnn", "mine")
+        registry.unregister("cnn", "mine")
     with pytest.raises(ConfigError, match="mine"):
         TrainingConfig(blueprints=["mine"])

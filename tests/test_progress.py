@@ -24,6 +24,7 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines(monkeypatch: pytest.
         shown.epoch(0, 1, [10.0, 20.0])
         now[0] += 6.0
         shown.epoch(0, 2, [30.0, 40.0])
+        now[0] += 1.0
         shown.epoch(0, 3, [30.0, 40.0])
         shown.rollout(0, OUTCOME)
     assert stream.getvalue().splitlines() == ["rollout 1/2, epoch 2/25, 35.0 %", rollout_line(0, 2, OUTCOME)]

@@ -113,6 +113,12 @@ def test_a_task_brings_its_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["entropy_coef"] == PRESETS["cifar10"]["entropy_coef"]
 
 
+def test_null_is_a_text_where_nothing_else_is_legal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data-dir", "null", "--target-kl", "null", "--print-config"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["data_dir"], shown["target_kl"]) == ("null", None)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     TrainingConfig.from_json_path(path)

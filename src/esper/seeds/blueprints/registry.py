@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from esper import catalogue
 from esper.hosts.base import Tree
 
 Init = Callable[[Tensor, int, torch.dtype], TensorDict]
@@ -41,6 +42,7 @@ def register(blueprint: Blueprint) -> Blueprint:
     if address in _REGISTRY:
         raise ValueError(f"blueprint {blueprint.name!r} is already registered for {blueprint.topology} hosts")
     _REGISTRY[address] = blueprint
+    catalogue.add_blueprint(*address)
     return blueprint
 
 
@@ -48,6 +50,7 @@ def unregister(topology: str, name: str) -> None:
     """Forget a blueprint. Raises ValueError if it is unknown."""
     get(topology, name)
     del _REGISTRY[(topology, name)]
+    catalogue.remove_blueprint(topology, name)
 
 
 def names(topology: str) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ Every event is `{"step", "type", "episode", "epoch", "host", "slot", "severity",
 the run, written or not, so it does not depend on the level. `episode` counts resets of the hosts from 0 and is the
 same for all hosts; `epoch` is the number of epochs trained in the episode when it happened, so an action taken before
 the first epoch has epoch 0. A place that means nothing for an event is null. NaN is written as null ("not measured"),
-infinities as the texts "inf" and "-inf", so that every line is standard JSON.
+infinities as the texts "inf" and "-inf", so that every line is standard JSON. The types of events and what their data
+holds are in `esper.event_table`, as a JSON schema in `docs/events.schema.json`.
 """
 
 from __future__ import annotations
@@ -25,49 +26,25 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, NamedTuple, Self, TypedDict
+from typing import IO, Any, Self, TypedDict
 
-Level = Literal["off", "minimal", "normal", "debug"]
-Severity = Literal["debug", "info", "warning", "error", "critical"]
+from esper.event_table import EVENTS, LEVELS, Level, Severity
+
+__all__ = [
+    "EVENTS",
+    "LEVELS",
+    "Event",
+    "EventLog",
+    "Level",
+    "Severity",
+    "Summary",
+    "is_free",
+    "load",
+    "standard",
+    "write_json",
+]
+
 Event = dict[str, Any]
-
-LEVELS: tuple[Level, ...] = ("off", "minimal", "normal", "debug")
-
-
-class EventType(NamedTuple):
-    """A row of the event table: from which level on it is written, its severity and what its data holds."""
-
-    level: Level
-    severity: Severity
-    data: str
-
-
-EVENTS: dict[str, EventType] = {
-    "run_started": EventType("minimal", "info", "task, controller, slots, blueprints, max_epochs, host_parameters"),
-    "germinated": EventType("normal", "info", "blueprint, blend, parameters"),
-    "stage_changed": EventType("normal", "info", "before, after (stage names), blueprint"),
-    "fossilized": EventType("normal", "info", "blueprint, contribution, contribution_se, improvement, parameters, age"),
-    "culled": EventType("normal", "info", "blueprint, contribution, contribution_se, improvement, age, reason"),
-    "refused": EventType("normal", "warning", "op, reason: an action that changed nothing"),
-    "epoch": EventType("normal", "info", "train_loss, train_accuracy, validation_loss, validation_accuracy"),
-    "contribution": EventType("normal", "info", "contribution, contribution_se, alpha: one live slot, one epoch"),
-    "stabilized": EventType("normal", "info", "validation_loss: the host's training has settled for the first time"),
-    "reward": EventType("debug", "debug", "op, total and every reward component"),
-    "governor_panic": EventType("normal", "error", "reason, loss, threshold, consecutive"),
-    "governor_rollback": EventType("minimal", "critical", "reason, loss, threshold, restored_epoch"),
-    "rollout": EventType(
-        "minimal", "info", "validation_accuracy, return, objective (means and per host), ops, planted, kept, culled"
-    ),
-    "update": EventType("minimal", "info", "every metric of the controller's update, per head where it has heads"),
-    "gradients": EventType("debug", "debug", "one record per layer of the policy"),
-    "anomaly": EventType("minimal", "warning", "kind, detail, and the diagnostic that goes with it"),
-    "escalated": EventType("minimal", "warning", "rollouts: the level is debug for that many rollouts"),
-    "settled": EventType("minimal", "info", "the level is the configured one again"),
-    "trend": EventType("minimal", "info", "kind (plateau, improvement, degradation), change in points"),
-    "checkpoint": EventType("minimal", "info", "rollout"),
-    "run_finished": EventType("minimal", "info", "weights_digest"),
-}
-"""Every type of event. Accuracies, contributions and improvements are percentage points, losses nats, ages epochs."""
 
 
 class Timing(TypedDict):

@@ -23,6 +23,7 @@ from esper.seeds import bank, stages
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import clear, put
 from esper.seeds.stages import Stage
+from esper.values import changed
 
 _GUESS_TOLERANCE = 0.065  # a loss this close to that of a uniform guess, as a share of it, is guessing
 _TRAINED = 0.6  # a mean loss below this share of a uniform guess's belongs to a host that had learned
@@ -113,16 +114,15 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
     for found, code in ((absurd, Reason.ABSURD_LOSS), (guessing, Reason.GUESSING), (normal, Reason.NORMAL)):
         reason = torch.where(found, torch.full_like(reason, code), reason)
     longer = torch.cat([losses[:, 1:], loss[:, None]], dim=1)
-    judged = governor.clone(recurse=False).update(
-        {
-            "losses": torch.where(normal[:, None], longer, losses),
-            "seen": governor["seen"] + normal,
-            "consecutive": consecutive,
-            "reason": reason,
-            "loss": loss,
-            "threshold": threshold,
-            "restored_epoch": torch.full_like(count, -1),
-        }
+    judged = changed(
+        governor,
+        losses=torch.where(normal[:, None], longer, losses),
+        seen=governor["seen"] + normal,
+        consecutive=consecutive,
+        reason=reason,
+        loss=loss,
+        threshold=threshold,
+        restored_epoch=torch.full_like(count, -1),
     )
     return judged, consecutive >= settings.min_panics
 
@@ -169,7 +169,7 @@ def take_snapshot(growth: TensorDict, slots: tuple[str, ...], metrics: TensorDic
         },
         batch_size=growth.batch_size,
     )
-    return growth.clone(recurse=False).update({"snapshot": now if due.all() else choose(due, now, old)})
+    return changed(growth, snapshot=now if due.all() else choose(due, now, old))
 
 
 def _of_fossils(metrics: TensorDict, fossils: Tensor) -> TensorDict:
@@ -177,8 +177,8 @@ def _of_fossils(metrics: TensorDict, fossils: Tensor) -> TensorDict:
     kept = (fossils.long() << torch.arange(fossils.shape[1])).sum(1)
     coalitions = metrics["coalitions"]
     members = torch.arange(coalitions.shape[1]) & kept[:, None]
-    return metrics.clone(recurse=False).update(
-        {"coalitions": coalitions.gather(1, members), "val_accuracy": coalitions.gather(1, kept[:, None]).squeeze(1)}
+    return changed(
+        metrics, coalitions=coalitions.gather(1, members), val_accuracy=coalitions.gather(1, kept[:, None]).squeeze(1)
     )
 
 
@@ -194,22 +194,20 @@ def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
     good, records, governor = growth["snapshot"], growth["slots"], growth["governor"]
     panic = panic.to(growth["epoch"].device)
     back = panic[:, None] & ~in_stage(records, stages.FAILED)
-    judged = governor.clone(recurse=False).update(
-        {
-            "losses": good["losses"],
-            "seen": good["seen"],
-            "consecutive": torch.zeros_like(governor["consecutive"]),
-            "panics": governor["panics"] + 1,
-            "restored_epoch": good["epoch"],
-        }
+    judged = changed(
+        governor,
+        losses=good["losses"],
+        seen=good["seen"],
+        consecutive=torch.zeros_like(governor["consecutive"]),
+        panics=governor["panics"] + 1,
+        restored_epoch=good["epoch"],
     )
-    return growth.clone(recurse=False).update(
-        {
-            "host": choose(panic, good["host"], growth["host"]),
-            "seeds": choose(panic, good["seeds"], growth["seeds"]),
-            "slots": torch.where(back, put(good["slots"], back, planted=records["planted"]), records),
-            "governor": choose(panic, judged, governor),
-        }
+    return changed(
+        growth,
+        host=choose(panic, good["host"], growth["host"]),
+        seeds=choose(panic, good["seeds"], growth["seeds"]),
+        slots=torch.where(back, put(good["slots"], back, planted=records["planted"]), records),
+        governor=choose(panic, judged, governor),
     )
 
 
@@ -226,7 +224,7 @@ def govern(
     sound = sound_hosts(growth) & metrics["train_loss"].isfinite()
     loss = torch.where(sound, metrics["val_loss"].double(), math.nan)
     governor, panic = check(growth["governor"].cpu(), loss, settings)
-    judged = growth.clone(recurse=False).update({"governor": governor.to(growth["epoch"].device)})
+    judged = changed(growth, governor=governor.to(growth["epoch"].device))
     restored = rollback(judged, panic)
     age = restored["epoch"].cpu() - restored["snapshot", "epoch"].cpu()
     due = (governor["reason"] == Reason.NORMAL) & (age >= settings.snapshot_every)

@@ -26,6 +26,7 @@ from esper.keys import Purpose
 from esper.seeds import bank
 from esper.seeds.blueprints import registry
 from esper.seeds.lifecycle import apply_action, record_epoch, seed_parameters, tick
+from esper.values import changed
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ def run_epoch(
             _gradients(spec, g["slots"].cpu(), measurements[rows]),
             healthy_seeds(spec, g),
         )
-        g = g.clone(recurse=False).update({"slots": lived.to(shard.device), "epoch": g["epoch"] + 1})
+        g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
         g, stands, report = govern(g, spec.slots, metrics[rows], spec.governor)
         after, auto_culled = tick(g["slots"].cpu(), spec.rules)
         outcome["auto_culled"] = auto_culled
         removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
-        done.append(g.clone(recurse=False).update({"slots": after.to(shard.device), "seeds": removed}))
+        done.append(changed(g, slots=after.to(shard.device), seeds=removed))
         standing.append(stands)
         parts = {"lived": lived, "after": after, "outcome": outcome, "panic": report.pop("panic"), "governor": report}
         results.append(TensorDict(parts, batch_size=[shard.size]))
@@ -145,9 +146,10 @@ def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) 
     records, outcome = apply_action(records, action, spec.rules, table, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"])
     seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
-    return growth.clone(recurse=False).update({"slots": records.to(growth["key"].device), "seeds": seeds}), outcome
+    return changed(growth, slots=records.to(growth["key"].device), seeds=seeds), outcome
 
 
+@torch.enable_grad()
 def train(
     spec: GrowthSpec,
     shards: Sequence[Shard],
@@ -156,7 +158,10 @@ def train(
     plans: Sequence[Plan],
     epoch: int,
 ) -> tuple[list[TensorDict], TensorDict]:
-    """Train every host on the whole training split; returns the new states and the measurements `[N]` on the CPU."""
+    """Train every host on the whole training split; returns the new states and the measurements `[N]` on the CPU.
+
+    Gradients are switched on here because collectors step environments with gradients off.
+    """
     batches = SharedBatchIterator(
         [s.splits for s in shards],
         [g["key"] for g in growth],

@@ -15,6 +15,7 @@ from esper.hosts.base import Host, site
 from esper.keys import Purpose
 from esper.seeds import blending
 from esper.seeds.blueprints import registry
+from esper.values import changed, put_rows, zero_rows
 
 
 def fresh_seed(host: Host, slot: str, blueprint: str, keys: Tensor, dtype: torch.dtype) -> TensorDict:
@@ -76,20 +77,18 @@ def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor) -> TensorD
     """Zero every seed of the slots where `removed` `[N, S]`."""
     for j, slot in enumerate(slots):
         rows = removed[:, j].nonzero().squeeze(1)
-        if rows.numel() == 0:
-            continue
-        for name in list(bank[slot].keys()):
-            bank = write(bank, (slot, name), rows, torch.zeros_like(bank[slot, name][rows]))
+        if rows.numel() > 0:
+            cleared = {name: zero_rows(kind, rows.to(_device(kind))) for name, kind in bank[slot].items()}
+            bank = changed(bank, **{slot: changed(bank[slot], **cleared)})
     return bank
 
 
 def write(bank: TensorDict, address: tuple[str, str], rows: Tensor, value: TensorDict) -> TensorDict:
-    """A bank that differs from `bank` in the rows of one entry; untouched entries are shared, not copied."""
-    entry = bank[address].clone()
-    entry[rows] = value
+    """A bank that differs from `bank` in the rows of one (slot, blueprint) entry; everything else is shared."""
     slot, name = address
-    kinds = bank[slot].clone(recurse=False)
-    kinds[name] = entry
-    result = bank.clone(recurse=False)
-    result[slot] = kinds
-    return result
+    entry = put_rows(bank[slot, name], rows, value)
+    return changed(bank, **{slot: changed(bank[slot], **{name: entry})})
+
+
+def _device(kind: TensorDict) -> torch.device:
+    return next((leaf.device for leaf in kind.values(True, True)), torch.device("cpu"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from tensordict import TensorDict
@@ -67,6 +68,7 @@ def get(topology: str, name: str) -> Blueprint:
         raise ValueError(f"unknown blueprint {name!r} for {topology} hosts; available: {available}") from None
 
 
+@lru_cache(maxsize=1024)
 def parameter_count(blueprint: Blueprint, channels: int) -> int:
     """Trainable parameters of one seed (its gate not counted)."""
     params = blueprint.init(torch.zeros(1, dtype=torch.int64), channels, torch.float32)

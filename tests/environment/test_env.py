@@ -1,0 +1,78 @@
+"""`GrowthEnv` against TorchRL's own checks, and the order of a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine import tiny_config, tiny_task
+from torchrl.envs.utils import check_env_specs
+
+from esper.build import build_env
+from esper.seeds.actions import Op
+from esper.seeds.stages import Stage
+
+
+@pytest.fixture(autouse=True)
+def _task():
+    with tiny_task():
+        yield
+
+
+def step(env, action: list[int]):
+    td = env.fake_tensordict()
+    td["action"] = torch.tensor(action).expand(env.batch_size[0], 4).clone()
+    return env.step(td)["next"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_telemetry": False}, {"slots": ["mid"]}, {"devices": ["cpu:0", "cpu:1"]}])
+def test_specs(fields) -> None:
+    env = build_env(tiny_config(n_envs=2, max_epochs=3, **fields))
+    check_env_specs(env)
+    assert env.rollout(7, break_when_any_done=False)["observation"].shape[-1] == (80 if "use_" not in str(fields) else 50)
+
+
+def test_reset_observes_without_training() -> None:
+    env = build_env(tiny_config(n_envs=2))
+    first = env.reset()
+    weights = env.growth()[0]["host", "params"].clone()
+    fresh = build_env(tiny_config(n_envs=2))
+    fresh.reset()
+    assert env.epoch == 0
+    assert bool(first["is_init"].all())
+    assert (env.growth()[0]["host", "params"] == fresh.growth()[0]["host", "params"]).all()
+    step(env, [0, 0, 0, Op.WAIT])
+    assert not (env.growth()[0]["host", "params"] == weights).all()
+
+
+def test_a_seed_is_planted_before_the_epoch_and_ages_with_it() -> None:
+    env = build_env(tiny_config(n_envs=2))
+    env.reset()
+    seen = step(env, [1, 0, 0, Op.GERMINATE])
+    records = env.records()
+    assert records["stage"][:, 1].tolist() == [Stage.TRAINING] * 2
+    assert records["age"][:, 1].tolist() == [1, 1]
+    assert not bool(seen["mask_slot"][:, Op.GERMINATE, 1].any())
+    assert bool(seen["mask_slot"][:, Op.CULL, 1].all())
+    step(env, [1, 0, 0, Op.CULL])
+    assert env.records()["stage"][:, 1].tolist() == [Stage.DORMANT] * 2
+
+
+def test_a_slot_the_run_does_not_have_is_refused() -> None:
+    env = build_env(tiny_config(n_envs=2, slots=["mid"]))
+    env.reset()
+    reward = step(env, [0, 0, 0, Op.GERMINATE])["components", "action"]
+    assert env.records()["stage"].eq(Stage.DORMANT).all()
+    assert bool((reward < 0).all())
+
+
+def test_the_last_step_truncates_and_a_new_episode_has_new_hosts() -> None:
+    env = build_env(tiny_config(n_envs=2, max_epochs=2))
+    env.reset()
+    before = env.growth()[0]["key"].clone()
+    assert not bool(step(env, [0, 0, 0, 0])["done"].any())
+    last = step(env, [0, 0, 0, 0])
+    assert bool(last["truncated"].all())
+    assert not bool(last["terminated"].any())
+    env.reset()
+    assert env.episode == 1
+    assert not bool((env.growth()[0]["key"] == before).any())

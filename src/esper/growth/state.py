@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
+from esper.growth import precision
 from esper.growth.governor import fresh_governor, take_snapshot
 from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
@@ -43,6 +44,7 @@ def fresh_growth(
             "governor": fresh_governor(n, spec.governor),
             "key": keys,
             "epoch": torch.zeros(n, dtype=torch.int64),
+            **precision.fresh_scale(spec.amp, n),
         },
         batch_size=[n],
     ).to(device)

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Integers that vary with the number of hosts are never specialised: a new group size must not compile a new kernel.
 _PIXELS = 128
 _TAPS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_host"])
 def _conv_kernel(
     x, w, out, x_host, pixels,
     C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
@@ -48,7 +49,7 @@ def _conv_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (o < O)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_host", "share", "chunks"])
 def _conv_weight_kernel(
     x, g, partial, x_host, pixels, share, chunks,
     C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
@@ -78,7 +79,7 @@ def _conv_weight_kernel(
     tl.store(target, total, mask=(o < O)[:, None] & (t < C * K * K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _moments_kernel(z, partial, size, chunks, C: tl.constexpr, AREA: tl.constexpr, BLOCK: tl.constexpr):
     host, channel, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0)
     i = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -91,7 +92,7 @@ def _moments_kernel(z, partial, size, chunks, C: tl.constexpr, AREA: tl.constexp
     tl.store(target + 1, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _merge_kernel(
     partial, weight, bias, moments, affine, chunks, block, EPS: tl.constexpr, MANY: tl.constexpr
 ):  # fmt: skip
@@ -137,7 +138,7 @@ def _activate_kernel(
     tl.store(out + host * size + i, tl.where(best < 0, 0.0, best).to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _activate_sums_kernel(
     z, affine, moments, g, partial, windows, chunks,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,

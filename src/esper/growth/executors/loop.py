@@ -17,8 +17,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper.growth import optim
+from esper.growth import optim, precision
 from esper.growth.executors import base
+from esper.growth.executors.groups import by_group
 from esper.growth.forward import (
     BATCHNORM_MOMENTUM,
     coalition_logits,
@@ -33,6 +34,7 @@ from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
 from esper.seeds.bank import write
+from esper.values import changed
 
 
 @dataclass
@@ -46,6 +48,7 @@ class _Training:
     seeds: list[dict[str, Any] | None]
     seed_moments: list[list[Tensor]]
     alpha: list[Tensor]
+    scale: list[Tensor]
     losses: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
     seen: int = 0
@@ -98,6 +101,7 @@ class LoopExecutor:
                 seeds,
                 moments,
                 list(growth["slots", "alpha"][i].to(leaves(params)[0].dtype)),
+                [growth[name][i] for name in precision.fresh_scale(self.spec.amp, 1)],
             )
 
         return [start(i) for i in range(len(plan))]
@@ -139,7 +143,9 @@ class LoopExecutor:
                         "moments": _stack([like(carry[i].seeds[j], iter(carry[i].seed_moments[j])) for i in rows]),
                     }
                     bank = write(bank, (slot, name), torch.tensor(rows), TensorDict(value, batch_size=[len(rows)]))
-        return growth.clone(recurse=False).update({"host": host, "seeds": bank}), _measurements(carry)
+        scales = zip(precision.fresh_scale(self.spec.amp, 1), zip(*(c.scale for c in carry), strict=True), strict=False)
+        scale = {name: torch.stack(values) for name, values in scales}
+        return changed(growth, host=host, seeds=bank, **scale), _measurements(carry)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> list[_Scoring]:
         host, bank = growth["host"], growth["seeds"]
@@ -205,26 +211,36 @@ def _train_host(
     spec: GrowthSpec, host: _Training, x: Tensor, y: Tensor, lr: float, seed_lr: float, key: Tensor, measure: bool
 ) -> None:
     plan, learning = host.plan, _learning(host.plan)
-    logits, statistics = forward(
-        spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, momentum=BATCHNORM_MOMENTUM, key=key
-    )
-    loss = mean_loss(logits, y)
-    total = loss + shadow_loss(spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, y, key)
+    with precision.autocast(spec.amp, x.device):
+        logits, statistics = forward(
+            spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, momentum=BATCHNORM_MOMENTUM, key=key
+        )
+        loss = mean_loss(logits, y)
+        total = loss + shadow_loss(spec, plan, host.params, host.statistics, host.seeds, host.alpha, x, y, key)
+    if host.scale:
+        total = total * host.scale[0]
     host_leaves = leaves(host.params)
     seed_leaves = [leaves(host.seeds[j]) for j in learning]
     wanted = host_leaves + [leaf for group in seed_leaves for leaf in group]
     grads = list(torch.autograd.grad(total, wanted, materialize_grads=True))
-    host_grads, seed_grads = grads[: len(host_leaves)], []
-    start = len(host_leaves)
-    for group in seed_leaves:
-        seed_grads.append(grads[start : start + len(group)])
-        start += len(group)
+    host.losses.append(loss.detach())
+    host.correct.append(correct(logits, y).sum())
+    host.seen += y.numel()
+    overflow = False
+    if host.scale:
+        grads = precision.unscale(grads, host.scale[0])
+        ok = precision.all_finite(grads, 0)
+        host.scale = list(precision.adapt(*host.scale, ok))
+        overflow = not bool(ok)
+    host_grads, *seed_grads = by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
     with torch.no_grad():
         if measure:
             host.norms = {
                 "host": tensor_norms(host_grads),
                 **dict(zip(learning, map(tensor_norms, seed_grads), strict=True)),
             }
+        if overflow:
+            return
         params, host.moments = optim.sgd(
             host_leaves, host_grads, host.moments, lr, momentum=spec.momentum, weight_decay=spec.host_weight_decay
         )
@@ -240,9 +256,6 @@ def _train_host(
             )
             host.seeds[j] = like(host.seeds[j], (p.requires_grad_() for p in params))
     host.statistics = statistics
-    host.losses.append(loss.detach())
-    host.correct.append(correct(logits, y).sum())
-    host.seen += y.numel()
 
 
 def _learning(plan: HostPlan) -> list[int]:
@@ -257,7 +270,7 @@ def _calibrate_host(spec: GrowthSpec, host: _Scoring, x: Tensor) -> None:
         host.branch_statistics[level, members] = statistics
         return h
 
-    with torch.no_grad():
+    with torch.no_grad(), precision.autocast(spec.amp, x.device):
         coalition_logits(spec, host.plan, host.params, host.seeds, host.alpha, x, segment)
 
 
@@ -266,7 +279,7 @@ def _score_host(spec: GrowthSpec, host: _Scoring, x: Tensor, y: Tensor) -> None:
         statistics = host.branch_statistics.get((level, members), host.statistics)
         return spec.host.run_blocks(host.params, statistics, h, start, stop, momentum=None)[0]
 
-    with torch.no_grad():
+    with torch.no_grad(), precision.autocast(spec.amp, x.device):
         logits = coalition_logits(spec, host.plan, host.params, host.seeds, host.alpha, x, segment)
         live = live_slots(host.plan)
         everyone = sum(1 << j for j in live)

@@ -2,12 +2,12 @@
 
 Host blocks are the same for every host, so they run stacked over all `N`. Seeds differ, so each slot is split into
 groups of the same (blueprint, mode, gate) and every group runs stacked over its members. Nothing inside a step waits
-for the device.
+for the device, and no step changes a tensor: it binds new ones to the carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,47 +16,33 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.func import vmap
 
-from esper.growth import optim
-from esper.growth.executors import base
-from esper.growth.forward import BATCHNORM_MOMENTUM, correct, graft, mean_loss
-from esper.growth.plan import Mode, Plan, SlotPlan, inserted, live_slots, shadow_plan
+from esper.growth import optim, precision
+from esper.growth.executors import base, coalitions
+from esper.growth.executors.coalitions import Scoring, graft_stack, lay_out, live_plan
+from esper.growth.executors.groups import (
+    Address,
+    Seeds,
+    Split,
+    apply_groups,
+    by_group,
+    gather,
+    scatter,
+    split_plan,
+    upload,
+)
+from esper.growth.forward import BATCHNORM_MOMENTUM, correct, mean_loss
+from esper.growth.plan import Mode, Plan, SlotPlan, inserted, shadow_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
-from esper.seeds.bank import write
-
-Seeds = dict[tuple[int, SlotPlan], dict[str, Any]]
-"""Stacked parameters `{body, gate}` of each group, by (slot, plan entry); leaves `[members, ...]`."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the rows of one slot fall into groups: `rows[g]` for each group, `rest` for bypassed rows, and the
-    permutation `inverse` that puts `[rest, *groups]` back in order."""
-
-    entries: tuple[SlotPlan, ...]
-    rows: tuple[Tensor, ...]
-    rest: Tensor
-    inverse: Tensor
-
-
-def split_slot(entries: Sequence[SlotPlan | None], device: torch.device) -> Split:
-    """Group equal entries of one slot; groups in order of first appearance."""
-    groups: dict[SlotPlan, list[int]] = {}
-    rest: list[int] = []
-    for row, entry in enumerate(entries):
-        (rest if entry is None else groups.setdefault(entry, [])).append(row)
-    order = rest + [row for rows in groups.values() for row in rows]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-
-    def index(rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=device)
-
-    return Split(tuple(groups), tuple(index(rows) for rows in groups.values()), index(rest), index(inverse))
+from esper.hosts.ops import fused
+from esper.values import changed
 
 
 @dataclass
-class _Training:
+class Training:
+    """A stack of hosts being trained; every tensor has the leading `N` or is a group's."""
+
     plan: Plan
     splits: list[Split]
     shadowed: bool
@@ -64,119 +50,124 @@ class _Training:
     statistics: Tree
     moments: list[Tensor]
     seeds: Seeds
-    seed_moments: dict[tuple[int, SlotPlan], list[Tensor]]
-    members: dict[tuple[int, SlotPlan], Tensor]
+    seed_moments: dict[Address, list[Tensor]]
+    members: dict[Address, Tensor]
     alpha: Tensor
     loss: Tensor
     correct: Tensor
+    scale: dict[str, Tensor]
+    norms: dict[Any, Tensor]
     steps: int = 0
     seen: int = 0
-    norms: dict[Any, Tensor] | None = None
-
-
-@dataclass
-class _Scoring:
-    levels: list[_Level]
-    params: list[Tree]
-    statistics: list[Tree]
-    seeds: Seeds
-    alpha: Tensor
-    coalition: list[tuple[int, int]]
-    correct: Tensor
-    differ: Tensor
-    loss: Tensor
-    compare: tuple[Tensor, Tensor]
-    everyone: Tensor
-    seen: int = 0
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One slot of the coalition tree, by group: the rows that branch, where their seeds lie in the group's stack, and
-    the hosts they belong to."""
-
-    entries: tuple[SlotPlan, ...]
-    rows: tuple[Tensor, ...]
-    seats: tuple[Tensor, ...]
-    owners: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class StackedExecutor:
-    """Runs all hosts as one stack on `device`; see `Executor` for the contract."""
+    """Runs all hosts as one stack on `device`; see `Executor` for the contract. `kernels` allows the fused ones."""
 
     spec: GrowthSpec
     device: torch.device
+    kernels: bool = False
 
-    def begin(self, growth: TensorDict, plan: Plan) -> _Training:
+    def begin(self, growth: TensorDict, plan: Plan) -> Training:
+        return self.start(growth, plan, split_plan(plan, self.device))
+
+    def start(self, growth: TensorDict, plan: Plan, splits: list[Split]) -> Training:
+        """`begin` with the splits of the plan already made."""
         host, n = growth["host"], len(plan)
-        splits = self._splits(plan)
-        seeds, moments, members = self._gather(growth["seeds"], splits, _leaf)
-        zeros = torch.zeros(n, dtype=torch.float64, device=self.device)
-        return _Training(
+        seeds, moments, members = gather(self.spec, growth["seeds"], splits, _leaf)
+        return Training(
             plan=plan,
             splits=splits,
             shadowed=any(shadow_plan(row) is not None for row in plan),
             params=tree_map(_leaf, as_tree(host["params"])),
-            statistics=as_tree(host["statistics"]),
+            statistics=tree_map(torch.Tensor.clone, as_tree(host["statistics"])),
             moments=[m.clone() for m in leaves(as_tree(host["moments"]))],
             seeds=seeds,
             seed_moments=moments,
             members=members,
-            alpha=growth["slots", "alpha"],
-            loss=zeros,
+            alpha=growth["slots", "alpha"].clone(),
+            loss=torch.zeros(n, dtype=torch.float64, device=self.device),
             correct=torch.zeros(n, dtype=torch.int64, device=self.device),
+            scale={name: growth[name].clone() for name in precision.fresh_scale(self.spec.amp, 1)},
+            norms={},
         )
 
     def train_step(
-        self, carry: _Training, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
-    ) -> _Training:
-        logits, statistics = self._forward(
-            carry.splits, carry.params, carry.statistics, carry.seeds, carry.alpha, x, keys
-        )
-        losses = vmap(mean_loss)(logits, y)
-        total = losses.sum() + self._shadow_loss(carry, x, y, keys)
+        self, carry: Training, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
+    ) -> Training:
+        spec = self.spec
+        with precision.autocast(spec.amp, self.device), fused(self.kernels):
+            logits, statistics = self._forward(
+                carry.splits, carry.params, carry.statistics, carry.seeds, carry.alpha, x, keys
+            )
+            losses = vmap(mean_loss)(logits, y)
+            total = losses + self._shadow_losses(carry, x, y, keys)
+        if carry.scale:
+            total = total * carry.scale["loss_scale"]
         learning = [address for address in carry.seeds if not address[1].frozen]
         host_leaves = leaves(carry.params)
         groups = [leaves(carry.seeds[address]) for address in learning]
         wanted = host_leaves + [leaf for group in groups for leaf in group]
-        grads = list(torch.autograd.grad(total, wanted, materialize_grads=True))
-        taken = iter(grads)
-        host_grads = [next(taken) for _ in host_leaves]
-        group_grads = [[next(taken) for _ in group] for group in groups]
+        grads = list(torch.autograd.grad(total.sum(), wanted, materialize_grads=True))
+        host_grads, *group_grads = by_group(grads, [len(host_leaves), *map(len, groups)])
         with torch.no_grad():
+            members = [carry.members[address] for address in learning]
+            if carry.scale:
+                scale = carry.scale["loss_scale"]
+                host_grads = precision.unscale(host_grads, scale)
+                group_grads = [precision.unscale(g, scale[m]) for g, m in zip(group_grads, members, strict=True)]
             if measure:
                 carry.norms = {"host": stacked_norms(host_grads)}
-                for address, wanted_grads in zip(learning, group_grads, strict=True):
-                    carry.norms[address] = stacked_norms(wanted_grads)
-            params, carry.moments = optim.sgd(
+                carry.norms |= {a: stacked_norms(g) for a, g in zip(learning, group_grads, strict=True)}
+            params, moments = optim.sgd(
                 host_leaves,
                 host_grads,
                 carry.moments,
-                host_lr.to(self.device),
-                momentum=self.spec.momentum,
-                weight_decay=self.spec.host_weight_decay,
+                upload(host_lr, self.device),
+                momentum=spec.momentum,
+                weight_decay=spec.host_weight_decay,
             )
-            carry.params = like(carry.params, (p.requires_grad_() for p in params))
-            rates = seed_lr.to(self.device)
-            for address, group, wanted_grads in zip(learning, groups, group_grads, strict=True):
-                params, carry.seed_moments[address] = optim.sgd(
+            rates = upload(seed_lr, self.device)
+            stepped = [
+                optim.sgd(
                     group,
-                    wanted_grads,
+                    group_grad,
                     carry.seed_moments[address],
-                    rates[carry.members[address]],
-                    momentum=self.spec.momentum,
-                    weight_decay=self.spec.seed_weight_decay,
+                    rates[rows],
+                    momentum=spec.momentum,
+                    weight_decay=spec.seed_weight_decay,
                 )
-                carry.seeds[address] = like(carry.seeds[address], (p.requires_grad_() for p in params))
-            carry.statistics = tree_map(torch.Tensor.detach, statistics)
+                for address, group, group_grad, rows in zip(learning, groups, group_grads, members, strict=True)
+            ]
+            statistics = tree_map(torch.Tensor.detach, statistics)
+            if carry.scale:
+                ok = precision.all_finite(host_grads, 1)
+                for rows, group_grad in zip(members, group_grads, strict=True):
+                    ok = ok.index_copy(0, rows, ok[rows] & precision.all_finite(group_grad, 1))
+                params = precision.keep(ok, params, host_leaves)
+                moments = precision.keep(ok, moments, carry.moments)
+                kept = precision.keep(ok, leaves(statistics), leaves(carry.statistics))
+                statistics = like(statistics, iter(kept))
+                stepped = [
+                    (precision.keep(ok[m], p, old), precision.keep(ok[m], v, carry.seed_moments[a]))
+                    for (p, v), old, m, a in zip(stepped, groups, members, learning, strict=True)
+                ]
+                carry.scale = dict(zip(carry.scale, precision.adapt(*carry.scale.values(), ok), strict=True))
+            carry.params = like(carry.params, (p.detach().requires_grad_() for p in params))
+            carry.moments = moments
+            carry.seeds, carry.seed_moments = dict(carry.seeds), dict(carry.seed_moments)
+            for address, (group, group_moments) in zip(learning, stepped, strict=True):
+                carry.seeds[address] = like(carry.seeds[address], (p.detach().requires_grad_() for p in group))
+                carry.seed_moments[address] = group_moments
+            carry.statistics = statistics
             carry.loss = carry.loss + losses.detach().double()
             carry.correct = carry.correct + correct(logits, y).flatten(1).sum(1)
         carry.steps += 1
         carry.seen += y[0].numel()
         return carry
 
-    def finish(self, carry: _Training, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def finish(self, carry: Training, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
         n = [len(carry.plan)]
         host = TensorDict(
             {
@@ -186,105 +177,35 @@ class StackedExecutor:
             },
             batch_size=n,
         )
-        bank = growth["seeds"]
-        for (j, entry), seed in carry.seeds.items():
-            rows = carry.members[j, entry]
-            value = {
-                "params": as_tensordict(tree_map(torch.Tensor.detach, seed), [len(rows)]),
-                "moments": as_tensordict(like(seed, iter(carry.seed_moments[j, entry])), [len(rows)]),
-            }
-            bank = write(bank, (self.spec.slots[j], entry.blueprint), rows, TensorDict(value, batch_size=[len(rows)]))
-        return growth.clone(recurse=False).update({"host": host, "seeds": bank}), self._measurements(carry)
+        bank = scatter(self.spec, growth["seeds"], carry.seeds, carry.seed_moments, carry.members)
+        trained = changed(growth, host=host, seeds=bank, **carry.scale)
+        return trained, self._measurements(carry)
 
-    def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> _Scoring:
-        """Lay out the rows of the coalition tree: one per (host, coalition prefix), new ones appended at each slot."""
-        live_plan = tuple(tuple(e if e is not None and e.mode is Mode.BLEND else None for e in row) for row in plan)
-        seeds, _, members = self._gather(growth["seeds"], self._splits(live_plan), lambda leaf: leaf)
-        rows = [(i, 0) for i in range(len(plan))]
-        levels: list[_Level] = []
-        hosts = [self._index([i for i, _ in rows])]
-        for j in range(len(self.spec.slots)):
-            branching = split_slot([live_plan[i][j] for i, _ in rows], self.device)
-            seats, owners = [], []
-            for entry, where in zip(branching.entries, branching.rows, strict=True):
-                seat = {host: at for at, host in enumerate(members[j, entry].tolist())}
-                parents = [rows[r] for r in where.tolist()]
-                owners.append(self._index([i for i, _ in parents]))
-                seats.append(self._index([seat[i] for i, _ in parents]))
-                rows = rows + [(i, m | 1 << j) for i, m in parents]
-            levels.append(_Level(branching.entries, branching.rows, tuple(seats), tuple(owners)))
-            hosts.append(self._index([i for i, _ in rows]))
+    def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Scoring:
+        carry = self.start_evaluation(growth, plan, lay_out(self.spec, plan, self.device))
+        return carry if calibration is None else self.calibrate(carry, calibration)
+
+    def start_evaluation(self, growth: TensorDict, plan: Plan, tree: coalitions.Coalitions) -> Scoring:
+        """`begin_evaluation` with the tree already laid out and nothing calibrated."""
+        seeds, _, _ = gather(self.spec, growth["seeds"], split_plan(live_plan(plan), self.device), lambda leaf: leaf)
         params, statistics = as_tree(growth["host", "params"]), as_tree(growth["host", "statistics"])
-        at = {row: r for r, row in enumerate(rows)}
-        full = [sum(1 << j for j in live_slots(row)) for row in plan]
-        pairs = [(i, j) for i, row in enumerate(plan) for j in live_slots(row)]
-        carry = _Scoring(
-            levels=levels,
-            params=[select(params, h) for h in hosts],
-            statistics=[select(statistics, h) for h in hosts],
-            seeds=seeds,
-            alpha=growth["slots", "alpha"],
-            coalition=rows,
-            correct=torch.zeros(len(rows), dtype=torch.int64, device=self.device),
-            differ=torch.zeros(len(pairs), dtype=torch.int64, device=self.device),
-            loss=torch.zeros(len(plan), dtype=torch.float64, device=self.device),
-            compare=(
-                self._index([at[i, full[i]] for i, _ in pairs]),
-                self._index([at[i, full[i] & ~(1 << j)] for i, j in pairs]),
-            ),
-            everyone=self._index([at[i, members_] for i, members_ in enumerate(full)]),
-        )
-        if calibration is not None:
-            with torch.no_grad():
-                self._coalition_logits(carry, calibration, recalibrate=True)
+        return coalitions.start(tree, params, statistics, seeds, growth["slots", "alpha"])
+
+    def calibrate(self, carry: Scoring, x: Tensor) -> Scoring:
+        """Estimate every coalition's statistics on one batch."""
+        with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
+            carry.statistics = coalitions.calibrated(self.spec, carry, x)
         return carry
 
-    def evaluate_step(self, carry: _Scoring, x: Tensor, y: Tensor) -> _Scoring:
-        with torch.no_grad():
-            logits = self._coalition_logits(carry, x, recalibrate=False)
-            right = correct(logits, y.expand(logits.shape[0], *y.shape)).flatten(1)
-            carry.correct = carry.correct + right.sum(1)
-            carry.differ = carry.differ + (right[carry.compare[0]] != right[carry.compare[1]]).sum(1)
-            losses = vmap(mean_loss, in_dims=(0, None))(logits[carry.everyone], y)
-            carry.loss = carry.loss + losses.double() * y.numel()
+    def evaluate_step(self, carry: Scoring, x: Tensor, y: Tensor) -> Scoring:
+        with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
+            right, differ, loss = coalitions.score(self.spec, carry, x, y)
+        carry.correct, carry.differ, carry.loss = carry.correct + right, carry.differ + differ, carry.loss + loss
         carry.seen += y.numel()
         return carry
 
-    def finish_evaluation(self, carry: _Scoring) -> TensorDict:
-        n, n_slots = len(carry.everyone), len(self.spec.slots)
-        scores = base.empty_scores(n, n_slots)
-        counts, differ = carry.correct.tolist(), carry.differ.tolist()
-        by_row = dict(zip(carry.coalition, counts, strict=True))
-        live = [carry.coalition[r][1] for r in carry.everyone.tolist()]
-        scores["loss"][:] = carry.loss.cpu()
-        scores["seen"][:] = carry.seen
-        for i in range(n):
-            for members in range(2**n_slots):
-                scores["correct"][i, members] = by_row[i, members & live[i]]
-        pairs = [(i, j) for i in range(n) for j in range(n_slots) if live[i] >> j & 1]
-        for (i, j), count in zip(pairs, differ, strict=True):
-            scores["differ"][i, j] = count
-        return scores
-
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
-
-    def _splits(self, plan: Plan) -> list[Split]:
-        return [split_slot([row[j] for row in plan], self.device) for j in range(len(self.spec.slots))]
-
-    def _gather(
-        self, bank: TensorDict, splits: list[Split], prepare: Callable[[Tensor], Tensor]
-    ) -> tuple[Seeds, dict[tuple[int, SlotPlan], list[Tensor]], dict[tuple[int, SlotPlan], Tensor]]:
-        """The seeds a plan needs, stacked by group, with their moments and the hosts they belong to."""
-        seeds: Seeds = {}
-        moments, members = {}, {}
-        for j, (slot, split) in enumerate(zip(self.spec.slots, splits, strict=True)):
-            for entry, rows in zip(split.entries, split.rows, strict=True):
-                kind = bank[slot, entry.blueprint][rows]
-                seeds[j, entry] = tree_map(prepare, as_tree(kind["params"]))
-                moments[j, entry] = leaves(as_tree(kind["moments"]))
-                members[j, entry] = rows
-        return seeds, moments, members
+    def finish_evaluation(self, carry: Scoring) -> TensorDict:
+        return coalitions.tally(self.spec, carry)
 
     def _forward(
         self,
@@ -305,13 +226,12 @@ class StackedExecutor:
         for j, place in enumerate(self.spec.sites):
             h, statistics = self._blocks(params, statistics, h, keys, done, place.boundary)
             done = place.boundary
-            split = splits[j]
-            if split.entries:
-                grafted = [
-                    self._graft(inserted(entry) if insert_shadows else entry, seeds[j, entry], alpha[rows, j], h[rows])
-                    for entry, rows in zip(split.entries, split.rows, strict=True)
-                ]
-                h = torch.cat([h[split.rest], *grafted])[split.inverse]
+
+            def grown(entry: SlotPlan, rows: Tensor, features: Tensor, slot: int = j) -> Tensor:
+                runs = inserted(entry) if insert_shadows else entry
+                return graft_stack(self.spec, runs, seeds[slot, entry], alpha[rows, slot], features)
+
+            h = apply_groups(splits[j], h, grown)
         h, statistics = self._blocks(params, statistics, h, keys, done, host.depth)
         return vmap(host.head)(params, h), statistics
 
@@ -323,63 +243,28 @@ class StackedExecutor:
 
         return vmap(run, randomness="error")(params, statistics, h, keys)
 
-    def _graft(self, entry: SlotPlan, seed: Tree, alpha: Tensor, h: Tensor) -> Tensor:
-        def one(params: Tree, a: Tensor, features: Tensor) -> Tensor:
-            return graft(self.spec.host.topology, entry, params, a, features)
-
-        return vmap(one)(seed, alpha, h)
-
-    def _shadow_loss(self, carry: _Training, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        """Summed losses of the pass in which shadowed seeds learn, fully inserted into hosts held fixed."""
+    def _shadow_losses(self, carry: Training, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """Losses `[N]` of the pass in which shadowed seeds learn, fully inserted into hosts held fixed."""
         if not carry.shadowed:
-            return torch.zeros((), device=self.device)
+            return torch.zeros(len(carry.plan), device=self.device)
         fixed = tree_map(torch.Tensor.detach, carry.params)
         alpha = carry.alpha.clone()
         seeds: Seeds = {}
         for (j, entry), seed in carry.seeds.items():
             if entry.mode is Mode.SHADOW:
-                alpha[carry.members[j, entry], j] = 1.0
+                alpha[:, j] = alpha[:, j].index_fill(0, carry.members[j, entry], 1.0)
                 seeds[j, entry] = seed
             else:
                 seeds[j, entry] = tree_map(torch.Tensor.detach, seed)
         logits, _ = self._forward(carry.splits, fixed, carry.statistics, seeds, alpha, x, keys, insert_shadows=True)
-        return vmap(mean_loss)(logits, y).sum()
+        return vmap(mean_loss)(logits, y)
 
-    def _coalition_logits(self, carry: _Scoring, x: Tensor, *, recalibrate: bool) -> Tensor:
-        """Logits `[R, B, ...]` of all rows of the tree; with `recalibrate` the rows' statistics become those of `x`."""
-        host = self.spec.host
-        momentum = 1.0 if recalibrate else None
-
-        def blocks(level: int, h: Tensor, start: int, stop: int) -> Tensor:
-            def run(p: Tree, s: Tree, features: Tensor) -> tuple[Tensor, Tree]:
-                return host.run_blocks(p, s, features, start, stop, momentum=momentum)
-
-            h, statistics = vmap(run)(carry.params[level], carry.statistics[level], h)
-            if recalibrate:
-                carry.statistics[level] = statistics
-            return h
-
-        h = vmap(lambda p: host.embed(p, x))(carry.params[0])
-        done = 0
-        for j, place in enumerate(self.spec.sites):
-            h = blocks(j, h, done, place.boundary)
-            done = place.boundary
-            level = carry.levels[j]
-            branches = [h]
-            for entry, rows, seats, owners in zip(level.entries, level.rows, level.seats, level.owners, strict=True):
-                seed = select(carry.seeds[j, entry], seats)
-                branches.append(self._graft(entry, seed, carry.alpha[owners, j], h[rows]))
-            h = torch.cat(branches)
-        last = len(self.spec.sites)
-        h = blocks(last, h, done, host.depth)
-        return vmap(host.head)(carry.params[last], h)
-
-    def _measurements(self, carry: _Training) -> TensorDict:
+    def _measurements(self, carry: Training) -> TensorDict:
         result = base.empty_measurements(len(carry.plan), len(self.spec.slots))
         result["loss"][:] = (carry.loss / max(1, carry.steps)).cpu()
         result["correct"][:] = carry.correct.cpu()
         result["seen"][:] = carry.seen
-        for address, norms in (carry.norms or {}).items():
+        for address, norms in carry.norms.items():
             norms = norms.cpu()
             if address == "host":
                 result["host_norm"][:] = norms.norm(dim=0)
@@ -395,11 +280,6 @@ class StackedExecutor:
 def stacked_norms(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm of each host's part of each tensor: float64 `[tensors, N]` from leaves `[N, ...]`."""
     return torch.stack([g.detach().double().reshape(g.shape[0], -1).norm(dim=1) for g in grads])
-
-
-def select(tree: Tree, rows: Tensor) -> dict[str, Any]:
-    """The rows of every leaf."""
-    return tree_map(lambda leaf: leaf[rows], tree)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine import tiny_config, tiny_task
 from torchrl.envs.utils import check_env_specs
 
+from engine import tiny_config, tiny_task
 from esper.build import build_env
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
@@ -24,11 +24,13 @@ def step(env, action: list[int]):
     return env.step(td)["next"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_telemetry": False}, {"slots": ["mid"]}, {"devices": ["cpu:0", "cpu:1"]}])
+@pytest.mark.parametrize("fields", [{}, {"use_telemetry": False}, {"slots": ["mid"]}, {"devices": ["cpu", "cpu"]}])
 def test_specs(fields) -> None:
     env = build_env(tiny_config(n_envs=2, max_epochs=3, **fields))
     check_env_specs(env)
-    assert env.rollout(7, break_when_any_done=False)["observation"].shape[-1] == (80 if "use_" not in str(fields) else 50)
+    assert env.rollout(7, break_when_any_done=False)["observation"].shape[-1] == (
+        80 if "use_" not in str(fields) else 50
+    )
 
 
 def test_reset_observes_without_training() -> None:

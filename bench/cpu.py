@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -164,6 +166,20 @@ def overhead(n: int, epochs: int) -> float:
     return 1.0 - (inside - writing) / total
 
 
+def contended(n: int, rounds: int) -> float:
+    """Throughput beside one busy process as a share of the quiet figure, medians of alternating rounds."""
+    env = make_env(n, max_epochs=2 * rounds + 1)
+    ours(env)
+    quiet, busy = [], []
+    for _ in range(rounds):
+        quiet.append(ours(env))
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        busy.append(ours(env))
+        other.kill()
+        other.wait()
+    return statistics.median(quiet) / statistics.median(busy)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 4, 8, 16])
@@ -184,7 +200,11 @@ def main() -> None:
             )
     share = overhead(max(given.hosts), 3)
     print(f"controller, PPO and telemetry: {100 * share:.1f} % of a rollout at N={max(given.hosts)}")
-    given.out.write_text(json.dumps({"rows": rows, "overhead": share, "torch": torch.__version__}, indent=2) + "\n")
+    beside = contended(max(given.hosts), given.rounds)
+    print(f"beside one busy process: {100 * beside:.0f} % of the quiet throughput")
+    given.out.write_text(
+        json.dumps({"rows": rows, "overhead": share, "contended": beside, "torch": torch.__version__}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

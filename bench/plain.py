@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,7 @@ class PlainHost(nn.Module):
     def __init__(self, in_channels: int, classes: int, base: int, seeded: bool) -> None:
         super().__init__()
         widths = [in_channels, base, 2 * base, 4 * base]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
         self.seed = PlainSeed(widths[2]) if seeded else None
         self.head = nn.Linear(widths[3], classes)

@@ -4,8 +4,8 @@ A key is an int64 tensor of any shape (usually `[N]`, one per host). `fold` deri
 purpose, step, ...), the draw functions turn a key into numbers. Nothing is stored between draws, so a run resumes from
 counters alone and host `i` draws the same numbers whatever the number of hosts, the device or the telemetry.
 
-The generator is SplitMix64 (Steele, Lea & Flood 2014) used as a counter-based hash. It is integer arithmetic, hence exact on
-every device; only `normal` goes through floating-point functions and is therefore always evaluated on the CPU.
+The generator is SplitMix64 (Steele, Lea & Flood 2014) used as a counter-based hash. It is integer arithmetic, hence
+exact on every device; only `normal` goes through floating-point functions and is therefore always evaluated on the CPU.
 """
 
 from __future__ import annotations

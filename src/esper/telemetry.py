@@ -73,13 +73,8 @@ def _record_host(log: EventLog, result: TensorDict, spec: GrowthSpec, place: Map
         validation_accuracy=float(metrics["val_accuracy"]),
         **place,
     )
-    log.write(
-        "reward",
-        epoch=epoch + 1,
-        op=op.name,
-        **{name: float(value) for name, value in result["components"].items()},
-        **place,
-    )
+    paid: dict[str, Any] = {name: float(value) for name, value in result["components"].items()}
+    log.write("reward", epoch=epoch + 1, op=op.name, **paid, **place)
 
 
 def _life(records: TensorDict, j: int, spec: GrowthSpec) -> dict[str, Any]:
@@ -127,7 +122,8 @@ class RolloutBook:
 
     def close(self) -> dict[str, Any]:
         """The data of the `rollout` event; starts the next rollout."""
-        assert self._last is not None and self._returns is not None, "a rollout has at least one step"
+        if self._last is None or self._returns is None:
+            raise RuntimeError("a rollout needs at least one step before it can be closed")
         after, accuracy = self._last["after"], self._last["metrics", "val_accuracy"]
         extra = after["parameters"].sum(1)
         budget, weight = self._price

@@ -1,7 +1,7 @@
 """`GrowthEnv`: N hosts growing side by side as one batched TorchRL environment (plan steps 6 and 8).
 
-All dynamics are in the state, a TensorDict; the environment holds that value and rebinds the result of a pure step, so saving
-the state saves the environment exactly. Hosts and seeds never enter the TensorDicts that a collector stacks.
+All dynamics are in the state, a TensorDict; the environment holds that value and rebinds the result of a pure step,
+so saving the state saves the environment exactly. Hosts and seeds never enter the TensorDicts that a collector stacks.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class EnvSettings:
 class GrowthEnv(EnvBase):
     """Batched environment with `batch_size [N]`; one step is one epoch of every host.
 
-    `reset` builds fresh hosts and observes them after one validation pass without training. `step` carries out one action
-    per host, trains an epoch, validates all coalitions, ticks the lifecycle, and returns the reward of what happened. After
-    `max_epochs` steps every host is truncated. A host that the governor rolled back ends its segment (`terminated`); a
-    partial reset lets the restored host go on as a new segment of the same episode.
+    `reset` builds fresh hosts and observes them after one validation pass without training. `step` carries out one
+    action per host, trains an epoch, validates all coalitions, ticks the lifecycle, and returns the reward of what
+    happened. After `max_epochs` steps every host is truncated. A host that the governor rolled back ends its segment
+    (`terminated`); a partial reset lets the restored host go on as a new segment of the same episode.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """`BatchFirstCollector`: rollouts of all hosts as TensorDicts `[N, T]` (plan step 8).
 
-The environment is batch-first inside: every device is issued its hosts' training step for batch `t` before batch `t + 1`.
-The collector adds what a TorchRL collector adds: the policy, its recurrent state, resets, and a stream of rollouts.
+The environment is batch-first inside: every device is issued its hosts' training step for batch `t` before batch `t +
+1`. The collector adds what a TorchRL collector adds: the policy, its recurrent state, resets, and a stream of rollouts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class BatchFirstCollector(Collector):
     """Collects whole episodes of a `GrowthEnv` with any TorchRL policy; iterate to get rollouts `[N, T]`.
 
     One rollout is one episode of every host: `T` is the run's `max_epochs`. A policy that carries state offers
-    `make_tensordict_primer()`, whose keys then start at zero at every reset. Raises ValueError for fewer than one rollout.
+    `make_tensordict_primer()`, whose keys then start at zero at every reset. Raises ValueError for fewer than one
+    rollout.
     """
 
     def __init__(

@@ -78,7 +78,8 @@ def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) ->
 
 def clear(records: TensorDict, mask: Tensor) -> TensorDict:
     """Empty the masked slots; only the number of seeds ever planted survives."""
-    blank = empty_records(*records.batch_size, device=records.device)
+    n_hosts, n_slots = records.batch_size
+    blank = empty_records(n_hosts, n_slots, records.device)
     blank["planted"] = records["planted"]
     return torch.where(mask, blank, records)
 

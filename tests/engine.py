@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiny import images
-
 from esper.config import TrainingConfig
 from esper.events import EventLog, load
 from esper.run import train
 from esper.tasks import _REGISTRY, get_task, register_task
+from tiny import images
 
 TASK = "tiny"
 

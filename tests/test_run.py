@@ -1,4 +1,4 @@
-"""Whole runs: reproducible, indifferent to telemetry and to how many hosts there are, and honest about what happened."""
+"""Whole runs: reproducible, indifferent to telemetry and to how many hosts there are, honest about what happened."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine import run, tiny_config, tiny_task
 
+from engine import run, tiny_config, tiny_task
 from esper.build import build_controller, build_env
 from esper.config import TrainingConfig
 from esper.learn.collector import BatchFirstCollector

@@ -52,8 +52,8 @@ class Learner:
     rollouts: int = 0
 
     def learn(self, rollout: TensorDictBase) -> dict[str, float]:
-        """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held while
-        it was collected; both statistics then learn from it, once, unless the update was refused."""
+        """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
+        while it was collected; both statistics then learn from it, once, unless the update was refused."""
         raw = rollout["next", "reward"].squeeze(-1)
         scaled = rollout.copy()
         scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)

@@ -1,12 +1,9 @@
-"""A stack of hosts equals as many plain `nn.Module`s trained by `torch.optim.SGD`, for every blueprint, blend and stage."""
+"""A stack of hosts equals plain `nn.Module`s trained by `torch.optim.SGD`, for every blueprint, blend and stage."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from oracle.modules import OracleCNN, OracleNetwork, OracleTransformer, flatten, load_host, load_seed, make_optimisers
-from oracle.modules import train_step as oracle_step
-from oracle.seeds import OracleSeed
 
 from esper import keys as k
 from esper.growth.executors.loop import LoopExecutor
@@ -20,6 +17,9 @@ from esper.seeds import bank
 from esper.seeds.blueprints import cnn, transformer  # noqa: F401 - registers the blueprints
 from esper.seeds.lifecycle import LifecycleRules
 from esper.seeds.stages import BLENDS, Stage
+from oracle.modules import OracleCNN, OracleNetwork, OracleTransformer, flatten, load_host, load_seed, make_optimisers
+from oracle.modules import train_step as oracle_step
+from oracle.seeds import OracleSeed
 
 SLOTS = ("early", "mid", "late")
 STEPS, BATCH, HOST_LR, SEED_LR = 5, 12, 0.05, 0.03

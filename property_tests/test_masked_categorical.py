@@ -35,7 +35,9 @@ def test_no_illegal_draw(case, dtype, seed):
     drawn = distribution.sample_from(uniforms)
     assert mask.expand(DRAWS, -1, -1).gather(-1, drawn.unsqueeze(-1)).all()
     assert mask.gather(-1, distribution.mode.unsqueeze(-1)).all()
-    assert distribution.log_prob(drawn).isfinite().all()
+    assert (distribution.log_prob(drawn).exp() > 0).all()
+    assert (distribution.probs[~mask] == 0).all()
+    torch.testing.assert_close(distribution.probs.sum(-1), torch.ones(len(mask)))
 
 
 @given(cases())
@@ -121,3 +123,11 @@ def test_divergence_refuses_different_masks():
     q = MaskedCategorical(torch.zeros(2), torch.tensor([True, False]))
     with pytest.raises(ValueError, match="equal masks"):
         kl_divergence(p, q)
+
+
+@given(cases())
+def test_a_broken_network_still_cannot_choose_what_is_masked(case):
+    _, mask = case
+    distribution = MaskedCategorical(torch.full(mask.shape, float("nan")), mask)
+    for chosen in (distribution.sample_from(torch.full((len(mask),), 0.5)), distribution.mode):
+        assert mask.gather(-1, chosen.unsqueeze(-1)).all()

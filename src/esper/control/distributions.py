@@ -53,13 +53,16 @@ class MaskedCategorical(Distribution):
     `mask` is boolean or 0/1, broadcastable to `logits`. Half-precision logits are evaluated in float32. Masked logits
     influence nothing and receive no gradient; the log-probability of a masked entry is about -1e4.
 
+    `floor` `[...]` is the least probability f of every legal entry: of n legal entries with probabilities p, the
+    distribution is the mixture f + (1 - n f) p. It has to be below 1 / n everywhere.
+
     Raises AllFalseMaskError (a ValueError) naming the rows without a legal entry.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - the attribute torch looks up
     has_rsample = False
 
-    def __init__(self, logits: Tensor, mask: Tensor, *, what: str = "mask") -> None:
+    def __init__(self, logits: Tensor, mask: Tensor, *, floor: Tensor | None = None, what: str = "mask") -> None:
         mask = mask.to(torch.bool).expand(logits.shape)
         require_legal(mask, what)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -67,6 +70,10 @@ class MaskedCategorical(Distribution):
         highest = wide.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
         self.mask = mask
         self.logits = torch.where(mask, wide - highest, FILL).log_softmax(-1)
+        if floor is not None:
+            least = floor.to(wide.dtype).unsqueeze(-1)
+            rest = 1 - mask.sum(-1, keepdim=True) * least
+            self.logits = torch.where(mask, torch.logaddexp(least.log(), rest.log() + self.logits), self.logits)
         super().__init__(logits.shape[:-1], validate_args=False)
 
     @property
@@ -113,7 +120,7 @@ class MaskedCategorical(Distribution):
             # A masked sum rather than cumsum: cumsum has no deterministic kernel on CUDA.
             below = torch.ones(weights.shape[-1], weights.shape[-1], dtype=torch.bool, device=weights.device).tril()
             cumulative = torch.where(below, weights.unsqueeze(-2), 0.0).sum(-1)
-            reached = (cumulative > uniforms.to(torch.float64).unsqueeze(-1) * cumulative[..., -1:]) & self.mask
+            reached = cumulative > uniforms.to(torch.float64).unsqueeze(-1) * cumulative[..., -1:]
             return (2 * reached.to(torch.int8) + self.mask.to(torch.int8)).argmax(-1)
 
 
@@ -149,7 +156,8 @@ class FactoredActions(Distribution):
 
     `logits` is `[..., 4, 5]`, heads narrower than 5 padded (the padding is ignored). The op selects the row of the slot
     mask, so an impossible (op, slot) pair has no probability. A head that the op does not use is the constant 0 and
-    adds nothing to log-probability, entropy or gradient, and its masks are not looked at.
+    adds nothing to log-probability, entropy or gradient, and its masks are not looked at. `floors` `[4]`, in the order
+    of `HEADS`, is the least probability of every legal entry of each head.
 
     Raises AllFalseMaskError, at once for the op and on use for the heads a given op needs.
     """
@@ -157,9 +165,10 @@ class FactoredActions(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - the attribute torch looks up
     has_rsample = False
 
-    def __init__(self, logits: Tensor, masks: ActionMasks) -> None:
-        self.logits, self.masks = logits, masks
-        self.op = MaskedCategorical(logits[..., OP, : len(Op)], masks.op, what="op mask")
+    def __init__(self, logits: Tensor, masks: ActionMasks, floors: Tensor | None = None) -> None:
+        self.logits, self.masks, self.floors = logits, masks, floors
+        floor = None if floors is None else floors[OP]
+        self.op = MaskedCategorical(logits[..., OP, : len(Op)], masks.op, floor=floor, what="op mask")
         super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
 
     def given(self, op: Tensor) -> tuple[MaskedCategorical, Tensor]:
@@ -173,7 +182,7 @@ class FactoredActions(Distribution):
         relevant = RELEVANT.to(op.device)[op]
         mask = torch.where(relevant.unsqueeze(-1), torch.stack(torch.broadcast_tensors(*rows), -2), everything)
         what = f"action mask (last index: position in {', '.join(HEADS)})"
-        return MaskedCategorical(self.logits.expand(mask.shape), mask, what=what), relevant
+        return MaskedCategorical(self.logits.expand(mask.shape), mask, floor=self.floors, what=what), relevant
 
     def head_terms(self, action: Tensor) -> HeadTerms:
         """Per-head log-probabilities and normalised entropies of `action` `[..., 4]`, given its op. Rollout and update

@@ -6,6 +6,7 @@ Letters: `N` hosts, `T` epochs, `D` observation features, `H` recurrent width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -42,12 +43,22 @@ class RecurrentPolicy(TensorDictModuleBase):
     `load_statistics` changes.
     """
 
-    def __init__(self, observation_dim: int, hidden_dim: int = 128, *, seed: int = 0) -> None:
-        """Weights are drawn from a generator seeded with `seed`; the global generator is left alone."""
+    def __init__(
+        self, observation_dim: int, hidden_dim: int = 128, *, seed: int = 0, floors: Sequence[float] = (0.0,) * 4
+    ) -> None:
+        """Weights are drawn from a generator seeded with `seed`; the global generator is left alone.
+
+        `floors` is the least probability of every legal entry of each head, in the order of `HEADS`, in the rollout and
+        in the update alike. Raises ValueError for one outside 0 <= floor < 1 / (entries of the head).
+        """
         super().__init__()
         self.in_keys = ["observation", *MASK_KEYS, "key", "is_init", *HIDDEN_KEYS]
         self.out_keys = ["action", "action_log_prob", "state_value", *(("next", key) for key in HIDDEN_KEYS)]
         self.observation_dim, self.hidden_dim = observation_dim, hidden_dim
+        for head, width, floor in zip(HEADS, WIDTHS, floors, strict=True):
+            if not 0 <= floor < 1 / width:
+                raise ValueError(f"floors: {floor} for {head}; must be at least 0 and below 1/{width}")
+        self.register_buffer("floors", torch.tensor(floors) if any(floors) else None, persistent=False)
         generator = torch.Generator().manual_seed(seed)
         self.features = nn.Sequential(
             _linear(observation_dim, hidden_dim, math.sqrt(2), generator), nn.LayerNorm(hidden_dim), nn.ReLU()
@@ -84,7 +95,7 @@ class RecurrentPolicy(TensorDictModuleBase):
     def evaluate(self, td: TensorDictBase) -> tuple[FactoredActions, Tensor]:
         """The distribution over actions and the values `[N, T, 1]` along stored rows `[N, T]`."""
         logits, value, _, _ = self.unroll(td)
-        return FactoredActions(logits, action_masks(td)), value
+        return FactoredActions(logits, action_masks(td), self.floors), value
 
     def next_value(self, td: TensorDictBase) -> Tensor:
         """V(s_{t+1}) `[N, T, 1]` from `next.observation` and the recurrent state that step t left behind, not reset."""
@@ -98,7 +109,7 @@ class RecurrentPolicy(TensorDictModuleBase):
         """Choose actions for one step of `[N]` hosts; writes the out_keys into `td`."""
         h, c = (td[key] for key in HIDDEN_KEYS)
         logits, value, h, c = self._run(td["observation"].unsqueeze(1), h, c, td["is_init"])
-        actions = FactoredActions(logits.squeeze(1), action_masks(td))
+        actions = FactoredActions(logits.squeeze(1), action_masks(td), self.floors)
         action = actions.mode if exploration_type() in GREEDY else actions.sample_from(uniform(td["key"], len(HEADS)))
         outputs = (action, actions.head_terms(action).log_prob, value.squeeze(1), h, c)
         for key, tensor in zip(self.out_keys, outputs, strict=True):

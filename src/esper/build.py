@@ -12,7 +12,10 @@ import torch
 
 from esper import keys as k
 from esper.config import TrainingConfig
+from esper.control.heuristic import HeuristicSettings, heuristic
 from esper.control.policy import RecurrentPolicy
+from esper.control.scripted import ScriptedPolicy
+from esper.control.simple import fixed_schedule, never_grow, random_legal
 from esper.data.batches import calibration_batch, require_batches
 from esper.data.splits import Splits
 from esper.devices import check_devices, host_groups
@@ -132,7 +135,18 @@ def build_env(config: TrainingConfig, observer: Observer | None = None) -> Growt
     return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
 
 
-def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy:
+def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy | ScriptedPolicy:
     """Who decides: the learning policy, or a scripted controller behind the same TorchRL interface."""
-    policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
-    return policy.to(config.device)
+    max_epochs = env.spec.rules.max_epochs
+    match config.controller:
+        case "ppo":
+            policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
+            return policy.to(config.device)
+        case "heuristic":
+            return ScriptedPolicy(heuristic(HeuristicSettings(max_epochs)))
+        case "random":
+            return ScriptedPolicy(random_legal())
+        case "schedule":
+            return ScriptedPolicy(fixed_schedule(config.schedule, env.spec.blueprints, max_epochs))
+        case "never":
+            return ScriptedPolicy(never_grow())

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
+from esper.checkpoint.tensors import like
 from esper.environment.env import GrowthEnv
 
 
@@ -21,8 +23,10 @@ class BatchFirstCollector(Collector):
     """Collects whole episodes of a `GrowthEnv` with any TorchRL policy; iterate to get rollouts `[N, T]`.
 
     One rollout is one episode of every host: `T` is the run's `max_epochs`. A policy that carries state offers
-    `make_tensordict_primer()`, whose keys then start at zero at every reset. Raises ValueError for fewer than one
-    rollout.
+    `make_tensordict_primer()`, whose keys then start at zero at every reset. Raises ValueError for fewer than one rollout.
+
+    Underneath, TorchRL hands over single steps, so that a rollout can be left and taken up again between any two of
+    them: `between` is called there, `position` is the value to keep and `go_on` takes it up.
     """
 
     def __init__(
@@ -32,24 +36,58 @@ class BatchFirstCollector(Collector):
         *,
         rollouts: int,
         exploration: ExplorationType = ExplorationType.RANDOM,
+        between: Callable[[], None] | None = None,
         **options: Any,
     ) -> None:
         if rollouts < 1:
             raise ValueError(f"rollouts: {rollouts}; must be at least 1")
         primer = getattr(policy, "make_tensordict_primer", None)
-        frames = env.batch_size.numel() * env.spec.rules.max_epochs
+        n_hosts = env.batch_size.numel()
         whole: EnvBase = env if primer is None else TransformedEnv(env, primer())
         super().__init__(
             whole,
             policy,
-            frames_per_batch=frames,
-            total_frames=rollouts * frames,
+            frames_per_batch=n_hosts,
+            total_frames=rollouts * n_hosts * env.spec.rules.max_epochs,
             track_traj_ids=False,
             split_trajs=False,
             exploration_type=exploration,
             **options,
         )
         self.growth_env = env
+        self.between = between
+        self._steps: list[TensorDictBase] = []
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        yield from super().__iter__()
+        for step in super().__iter__():
+            self._steps.append(step)
+            if len(self._steps) == self.growth_env.spec.rules.max_epochs:
+                rollout, self._steps = torch.cat(self._steps, 1), []
+                yield rollout.to(self.growth_env.device)
+            elif self.between is not None:
+                self.between()
+
+    def position(self) -> Callable[[], TensorDict]:
+        """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the policy
+        sees next, and `rollout` `[N, t]`, the steps of the present episode (empty at its start)."""
+        carrier, steps = self._carrier.copy(), list(self._steps)
+        return lambda: TensorDict({"carrier": carrier, "rollout": torch.cat(steps, 1) if steps else TensorDict()})
+
+    def go_on(self, position: TensorDict, rollouts: int) -> None:
+        """Take up collecting at `position`, after `rollouts` whole ones.
+
+        Raises ValueError if it does not fit: another number of hosts, other keys, shapes or types.
+        """
+        rollout = position["rollout"]
+        carrier = like(position["carrier"], self._carrier)
+        steps = [] if rollout.is_empty() else [rollout.to(self.growth_env.device)]
+        if steps:
+            shape = (*self.growth_env.batch_size, self.growth_env.epoch)
+            if rollout.batch_size != shape:
+                raise ValueError(f"rollout: {list(rollout.batch_size)}; must be {list(shape)}")
+            present = carrier.keys(include_nested=True, leaves_only=True)
+            like(rollout[:, -1].select(*present, strict=False), carrier)
+        self._carrier = carrier
+        self._steps = list(steps[0].split(1, 1)) if steps else []
+        done = rollouts * self.growth_env.spec.rules.max_epochs + len(self._steps)
+        self.load_state_dict({"frames": done * carrier.batch_size.numel(), "iter": done - 1}, strict=False)

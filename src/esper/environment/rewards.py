@@ -273,7 +273,8 @@ def _action(before: TensorDict, outcome: TensorDict, settings: RewardSettings) -
     target = torch.arange(before.batch_size[1], device=op.device) == outcome["slot"][:, None]
 
     def aimed_at(stage: Stage) -> Tensor:
-        return (target & (before["stage"] == stage)).any(dim=1)
+        hit: Tensor = (target & (before["stage"] == stage)).any(dim=1)
+        return hit
 
     def amount(value: float) -> Tensor:
         return torch.full_like(op, value, dtype=torch.float32)
@@ -293,5 +294,4 @@ def _action(before: TensorDict, outcome: TensorDict, settings: RewardSettings) -
     lost = torch.where(good, -(settings.cull_good_base + settings.cull_good_scale * points), nothing)
     done = torch.stack([nothing, nothing, lost, kept])
     row = torch.arange(op.shape[0], device=op.device)
-    earned: Tensor = torch.where(success, done[op, row], -refused[op, row]) - asked.to(op.device)[op]
-    return earned
+    return torch.where(success, done[op, row], -refused[op, row]) - asked.to(op.device)[op]

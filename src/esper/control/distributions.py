@@ -182,8 +182,7 @@ class FactoredActions(Distribution):
         relevant = RELEVANT.to(op.device)[op]
         mask = torch.where(relevant.unsqueeze(-1), torch.stack(torch.broadcast_tensors(*rows), -2), everything)
         what = f"action mask (last index: position in {', '.join(HEADS)})"
-        floor = None if self.floors is None else torch.where(relevant, self.floors, 0.0)
-        return MaskedCategorical(self.logits.expand(mask.shape), mask, floor=floor, what=what), relevant
+        return MaskedCategorical(self.logits.expand(mask.shape), mask, floor=self.floors, what=what), relevant
 
     def head_terms(self, action: Tensor) -> HeadTerms:
         """Per-head log-probabilities and normalised entropies of `action` `[..., 4]`, given its op. Rollout and update

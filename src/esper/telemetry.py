@@ -12,8 +12,9 @@ from tensordict import TensorDict
 
 from esper.environment.rewards import objective
 from esper.events import EventLog
+from esper.growth.governor import Reason
 from esper.growth.spec import GrowthSpec
-from esper.seeds.actions import Op
+from esper.seeds.actions import SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS, OCCUPIED, Stage
 
@@ -21,78 +22,107 @@ from esper.seeds.stages import BLENDS, OCCUPIED, Stage
 def record_step(log: EventLog, result: TensorDict, spec: GrowthSpec, episode: int, epoch: int) -> None:
     """Write the events of one step of all hosts; `result` is what `GrowthEnv` hands its observer, `epoch` the number of
     epochs trained before the step."""
+    facts = _lists(result)
     for host in range(result.batch_size[0]):
-        _record_host(log, result[host], spec, {"episode": episode, "host": host}, epoch)
+        _record_host(log, _of_host(facts, host), spec, {"episode": episode, "host": host}, epoch)
 
 
-def _record_host(log: EventLog, result: TensorDict, spec: GrowthSpec, place: Mapping[str, Any], epoch: int) -> None:
-    before, lived, after = result["before"], result["lived"], result["after"]
-    outcome, metrics = result["outcome"], result["metrics"]
-    op = Op(int(outcome["op"]))
-    if not bool(outcome["success"]):
-        slot = LAYOUT[int(result["action"][0])]
-        log.write("refused", epoch=epoch, slot=slot, op=op.name, reason="not possible in this slot now", **place)
+Facts = dict[str, Any]
+"""A TensorDict as nested dicts of plain lists: reading thousands of single numbers from tensors would be slow."""
+
+
+def _lists(value: TensorDict) -> Facts:
+    return {name: part.tolist() if isinstance(part, torch.Tensor) else _lists(part) for name, part in value.items()}
+
+
+def _of_host(facts: Facts, host: int) -> Facts:
+    return {name: _of_host(part, host) if isinstance(part, dict) else part[host] for name, part in facts.items()}
+
+
+def _record_host(log: EventLog, facts: Facts, spec: GrowthSpec, place: Mapping[str, Any], epoch: int) -> None:
+    lived, outcome, metrics = facts["lived"], facts["outcome"], facts["metrics"]
+    op = Op(outcome["op"]).name
+    if not outcome["success"]:
+        slot = LAYOUT[facts["action"][SLOT]]
+        log.write("refused", epoch=epoch, slot=slot, op=op, reason="not possible in this slot now", **place)
+    if facts["panic"]:
+        governor = facts["governor"]
+        log.write(
+            "governor_rollback",
+            epoch=epoch + 1,
+            reason=Reason(governor["reason"]).name.lower(),
+            loss=governor["loss"],
+            threshold=governor["threshold"],
+            restored_epoch=governor["restored_epoch"],
+            **place,
+        )
     for j, slot in enumerate(spec.slots):
         here = {**place, "slot": slot}
-        if bool(outcome["germinated"][j]):
-            log.write(
-                "germinated",
-                epoch=epoch,
-                blueprint=spec.blueprints[int(lived["blueprint"][j])],
-                blend=BLENDS[int(lived["blend"][j])],
-                parameters=int(lived["parameters"][j]),
-                **here,
-            )
-        if bool(outcome["culled"][j]):
-            log.write("culled", epoch=epoch, reason="controller", **_life(before, j, spec), **here)
-        if bool(outcome["fossilized"][j]):
-            life = _life(before, j, spec)
-            log.write("fossilized", epoch=epoch, parameters=int(before["parameters"][j]), **life, **here)
-        elif not bool(outcome["culled"][j]):
-            _stage_change(log, before, lived, j, spec, epoch, here)
-        if bool(outcome["auto_culled"][j]):
-            reason = "negative_contribution" if float(lived["contribution"][j]) <= 0.0 else "probation_timeout"
-            log.write("culled", epoch=epoch + 1, reason=reason, **_life(lived, j, spec), **here)
-        elif not bool(outcome["culled"][j]):
-            _stage_change(log, lived, after, j, spec, epoch + 1, here)
-        if int(lived["contribution_age"][j]) == 0:
-            log.write(
-                "contribution",
-                epoch=epoch + 1,
-                contribution=float(lived["contribution"][j]),
-                contribution_se=float(lived["contribution_se"][j]),
-                alpha=float(lived["alpha"][j]),
-                **here,
-            )
+        _record_action(log, facts, j, spec, epoch, here)
+        _record_clock(log, facts, j, spec, epoch + 1, here)
+        if lived["contribution_age"][j] == 0:
+            measured: Facts = {name: lived[name][j] for name in ("contribution", "contribution_se", "alpha")}
+            log.write("contribution", epoch=epoch + 1, **measured, **here)
     log.write(
         "epoch",
         epoch=epoch + 1,
-        train_loss=float(metrics["train_loss"]),
-        train_accuracy=float(metrics["train_accuracy"]),
-        validation_loss=float(metrics["val_loss"]),
-        validation_accuracy=float(metrics["val_accuracy"]),
+        train_loss=metrics["train_loss"],
+        train_accuracy=metrics["train_accuracy"],
+        validation_loss=metrics["val_loss"],
+        validation_accuracy=metrics["val_accuracy"],
         **place,
     )
-    paid: dict[str, Any] = {name: float(value) for name, value in result["components"].items()}
-    log.write("reward", epoch=epoch + 1, op=op.name, **paid, **place)
+    log.write("reward", epoch=epoch + 1, op=op, **facts["components"], **place)
 
 
-def _life(records: TensorDict, j: int, spec: GrowthSpec) -> dict[str, Any]:
+def _record_action(log: EventLog, facts: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]) -> None:
+    """What the controller did to slot `j` before the epoch."""
+    before, lived, outcome = facts["before"], facts["lived"], facts["outcome"]
+    if outcome["germinated"][j]:
+        log.write(
+            "germinated",
+            epoch=epoch,
+            blueprint=spec.blueprints[lived["blueprint"][j]],
+            blend=BLENDS[lived["blend"][j]],
+            parameters=lived["parameters"][j],
+            **here,
+        )
+    if outcome["culled"][j]:
+        log.write("culled", epoch=epoch, reason="controller", **_life(before, j, spec), **here)
+    elif outcome["fossilized"][j]:
+        log.write("fossilized", epoch=epoch, parameters=before["parameters"][j], **_life(before, j, spec), **here)
+    else:
+        _stage_change(log, before, lived, j, spec, epoch, here)
+
+
+def _record_clock(log: EventLog, facts: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]) -> None:
+    """What happened by itself to slot `j` after the epoch."""
+    lived, after, outcome = facts["lived"], facts["after"], facts["outcome"]
+    if facts["governor"]["dropped"][j]:
+        log.write("culled", epoch=epoch, reason="rollback", **_life(lived, j, spec), **here)
+    elif outcome["auto_culled"][j]:
+        reason = "negative_contribution" if lived["contribution"][j] <= 0.0 else "probation_timeout"
+        log.write("culled", epoch=epoch, reason=reason, **_life(lived, j, spec), **here)
+    elif not outcome["culled"][j]:
+        _stage_change(log, lived, after, j, spec, epoch, here)
+
+
+def _life(records: Facts, j: int, spec: GrowthSpec) -> Facts:
     return {
-        "blueprint": spec.blueprints[int(records["blueprint"][j])],
-        "contribution": float(records["contribution"][j]),
-        "contribution_se": float(records["contribution_se"][j]),
-        "improvement": float(records["accuracy_current"][j] - records["accuracy_initial"][j]),
-        "age": int(records["age"][j]),
+        "blueprint": spec.blueprints[records["blueprint"][j]],
+        "contribution": records["contribution"][j],
+        "contribution_se": records["contribution_se"][j],
+        "improvement": records["accuracy_current"][j] - records["accuracy_initial"][j],
+        "age": records["age"][j],
     }
 
 
 def _stage_change(
-    log: EventLog, old: TensorDict, new: TensorDict, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]
+    log: EventLog, old: Facts, new: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]
 ) -> None:
-    was, now = Stage(int(old["stage"][j])), Stage(int(new["stage"][j]))
+    was, now = Stage(old["stage"][j]), Stage(new["stage"][j])
     if was is not now:
-        blueprint = int(new["blueprint"][j])
+        blueprint = new["blueprint"][j]
         name = spec.blueprints[blueprint] if blueprint >= 0 else None
         log.write("stage_changed", epoch=epoch, before=was.name, after=now.name, blueprint=name, **here)
 
@@ -117,8 +147,20 @@ class RolloutBook:
         self._ops.update(Op(int(op)).name for op in outcome["op"])
         self._returns = result["reward"] + (0.0 if self._returns is None else self._returns)
         self._planted += int(outcome["germinated"].sum())
-        self._culled += int(outcome["culled"].sum() + outcome["auto_culled"].sum())
+        self._culled += int(
+            outcome["culled"].sum() + outcome["auto_culled"].sum() + result["governor", "dropped"].sum()
+        )
         self._last = result
+
+    def state(self) -> dict[str, Any]:
+        """What the present rollout has added up so far, as plain data."""
+        returns = [] if self._returns is None else self._returns.tolist()
+        return {"ops": dict(self._ops), "returns": returns, "planted": self._planted, "culled": self._culled}
+
+    def load_state(self, ops: dict[str, int], returns: list[float], planted: int, culled: int) -> None:
+        """Go on adding up from what `state` gave."""
+        self._ops, self._planted, self._culled = Counter(ops), planted, culled
+        self._returns = torch.tensor(returns) if returns else None
 
     def close(self) -> dict[str, Any]:
         """The data of the `rollout` event; starts the next rollout."""

@@ -308,3 +308,12 @@ def activate_grad(
 def _rows(x: Tensor) -> Tensor:
     """`x` with contiguous samples; a batch shared by all hosts (stride 0) is not copied."""
     return x if x[0].is_contiguous() else x.contiguous()
+
+
+def compiled() -> int:
+    """Kernel variants compiled so far in this process."""
+    kernels = (
+        _conv_kernel, _conv_weight_kernel, _moments_kernel, _merge_kernel,
+        _activate_kernel, _activate_sums_kernel, _activate_grad_kernel,
+    )  # fmt: skip
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -44,8 +44,10 @@ def index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`; a CUDA device is not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor on `device`; a CUDA device is not waited for."""
+    if device.type == "cpu" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def split_slot(entries: Sequence[SlotPlan | None], device: torch.device) -> Split:

@@ -1,0 +1,211 @@
+"""On a GPU: the fused kernels, the stacked and the captured program against the loop over hosts, and no hidden waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from growth.test_executors_against_oracle import batches, grown
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.growth import precision
+from esper.growth.executors.captured import CapturedExecutor
+from esper.growth.executors.loop import LoopExecutor
+from esper.growth.executors.stacked import StackedExecutor
+from esper.growth.plan import make_plan
+from esper.growth.spec import GrowthSpec
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+EXECUTORS = {
+    "stacked": lambda spec: StackedExecutor(spec, CUDA),
+    "captured": lambda spec: CapturedExecutor(spec, CUDA),
+}
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a.cpu().double() - b.cpu().double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def cast(growth: TensorDict, dtype: torch.dtype) -> TensorDict:
+    """A float64 growth state in another precision; learning rates stay."""
+    result = growth.apply(lambda t: t.to(dtype) if t.dtype is torch.float64 else t)
+    result["rates"] = growth["rates"]
+    return result
+
+
+def flat(tree: TensorDict) -> Tensor:
+    found = [leaf.detach().cpu().double().flatten() for leaf in tree.values(True, True)]
+    return torch.cat(found) if found else torch.zeros(1)
+
+
+def outcome(executor, spec: GrowthSpec, growth: TensorDict, topology: str) -> dict[str, Tensor]:
+    """Train on a few batches, score two (the second smaller), and return every number."""
+    dtype = next(iter(growth["host", "params"].values(True, True))).dtype
+    plan = make_plan(growth["slots"], spec)
+    carry = executor.begin(growth, plan)
+    rates = growth["rates"].cpu()
+    for x, y in batches(topology, growth.batch_size[0]):
+        x, y = x.to(growth.device), y.to(growth.device)
+        x = x.to(dtype) if x.is_floating_point() else x
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], True)
+    trained, measured = executor.finish(carry, growth)
+    scoring = executor.begin_evaluation(trained, plan, x[0])
+    scoring = executor.evaluate_step(scoring, x[1], y[1])
+    scoring = executor.evaluate_step(scoring, x[2, :5], y[2, :5])
+    scores = executor.finish_evaluation(scoring)
+    parts = {name: flat(trained["host", name]) for name in ("params", "statistics", "moments")}
+    return {
+        **parts,
+        "seeds": flat(trained["seeds"]),
+        "loss": measured["loss"],
+        "gradients": torch.cat([measured["host_norm"], measured["seed_norm"].nan_to_num().flatten()]),
+        "scores": scores["loss"],
+        "correct": scores["correct"],
+        "differ": scores["differ"],
+    }
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("incubation", ["straight_through", "shadow"])
+@pytest.mark.parametrize("blend", ["linear", "gated"])
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_the_program_equals_the_loop(topology: str, blend: str, incubation: str, executor: str) -> None:
+    spec, growth = grown(topology, incubation, blend)
+    wanted = outcome(LoopExecutor(spec), spec, growth, topology)
+    exact = outcome(EXECUTORS[executor](spec), spec, growth.to(CUDA), topology)
+    single = outcome(EXECUTORS[executor](spec), spec, cast(growth, torch.float32).to(CUDA), topology)
+    for part, value in wanted.items():
+        assert apart(exact[part], value) <= 1e-12, part
+        if part not in ("correct", "differ"):
+            assert apart(single[part], value) <= 1e-5, part
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_mixed_precision_is_finite_and_close(topology: str, amp: str) -> None:
+    spec, growth = grown(topology, "straight_through", "gated")
+    wanted = outcome(LoopExecutor(spec), spec, growth, topology)
+    mixed = GrowthSpec(**{**{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "amp": amp})
+    state = cast(growth, torch.float32)
+    state.update(precision.fresh_scale(amp, growth.batch_size[0]))
+    found = outcome(CapturedExecutor(mixed, CUDA), mixed, state.to(CUDA), topology)
+    assert all(torch.isfinite(value).all() for value in found.values())
+    assert apart(found["params"], wanted["params"]) < 2e-2
+    assert apart(found["loss"], wanted["loss"]) < 2e-2
+    assert bool((found["gradients"][: growth.batch_size[0]] > 0).all())
+
+
+def test_the_same_plan_is_recorded_once_and_gives_the_same_bits() -> None:
+    spec, growth = grown("cnn", "straight_through", "linear")
+    executor = CapturedExecutor(spec, CUDA)
+    state = cast(growth, torch.float32).to(CUDA)
+    first = outcome(executor, spec, state, "cnn")
+    recorded = dict(executor.counts)
+    second = outcome(executor, spec, state, "cnn")
+    assert executor.counts["recorded"] == recorded["recorded"]
+    assert executor.counts["reused"] == recorded["reused"] + 1
+    assert all(torch.equal(first[part], second[part]) for part in first)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_no_batch_waits_for_the_device(executor: str) -> None:
+    spec, growth = grown("cnn", "straight_through", "linear")
+    state = cast(growth, torch.float32).to(CUDA)
+    runner = EXECUTORS[executor](spec)
+    plan = make_plan(state["slots"], spec)
+    rates = state["rates"].cpu()
+    data = [(x.float().to(CUDA), y.to(CUDA)) for x, y in batches("cnn", state.batch_size[0])]
+    outcome(runner, spec, state, "cnn")
+    other = state.clone()
+    other["slots", "alpha"] = other["slots", "alpha"] * 0.5
+    carry = runner.begin(other, plan)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t, (x, y) in enumerate(data):
+            carry = runner.train_step(carry, x, y, rates["host"], rates["seed"], state["key"], t == len(data) - 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scoring = runner.begin_evaluation(other, plan, data[0][0][0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in data:
+            scoring = runner.evaluate_step(scoring, x[0], y[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    runner.finish(carry, other)
+    runner.finish_evaluation(scoring)
+
+
+@pytest.mark.parametrize(("size", "channels", "out"), [(3, 3, 8), (3, 8, 16), (3, 16, 64), (1, 16, 16)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_convolution_kernels(size: int, channels: int, out: int, dtype: torch.dtype, bound: float) -> None:
+    from esper.hosts import kernels
+
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 10, channels, 8, 8, generator=generator).double().requires_grad_()
+    w = torch.randn(3, out, channels, size, size, generator=generator).double().requires_grad_()
+    z = torch.stack([F.conv2d(a, b, padding=size // 2) for a, b in zip(x, w, strict=True)])
+    g = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+    dx, dw = torch.autograd.grad(z, (x, w), g)
+    there = [t.detach().to(CUDA, dtype) for t in (x, w, g)]
+    assert apart(kernels.conv(there[0], there[1]), z) <= bound
+    assert apart(kernels.conv_input_grad(there[2], there[1]), dx) <= bound
+    assert apart(kernels.conv_weight_grad(there[0], there[2], size), dw) <= bound
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_normalisation_kernels(pool: int, dtype: torch.dtype, bound: float) -> None:
+    from esper.hosts import kernels
+
+    generator = torch.Generator().manual_seed(5)
+    z = (torch.randn(3, 10, 4, 8, 8, generator=generator) + 3.0).to(dtype).double().requires_grad_()
+    weight = (torch.rand(3, 4, generator=generator) + 0.5).double().requires_grad_()
+    bias = torch.randn(3, 4, generator=generator).double().requires_grad_()
+    normed = [
+        F.relu(F.batch_norm(a, None, None, b, c, training=True, eps=1e-5))
+        for a, b, c in zip(z, weight, bias, strict=True)
+    ]
+    wanted = torch.stack([F.max_pool2d(a, pool) for a in normed])
+    g = torch.randn(wanted.shape, generator=generator, dtype=torch.float64).to(dtype).double()
+    grads = torch.autograd.grad(wanted, (z, weight, bias), g)
+    z_there, w_there, b_there = (
+        z.detach().to(CUDA, dtype),
+        weight.detach().float().to(CUDA),
+        bias.detach().float().to(CUDA),
+    )
+    statistics, affine = kernels.moments(z_there, w_there, b_there, 1e-5)
+    assert apart(statistics[..., 0], z.mean((1, 3, 4))) <= 1e-5
+    assert apart(statistics[..., 1], z.var((1, 3, 4), unbiased=False)) <= 1e-5
+    assert apart(kernels.activate(z_there, affine, pool), wanted) <= bound
+    for found, exact in zip(
+        kernels.activate_grad(z_there, affine, statistics, g.to(CUDA, dtype), pool, 1e-5), grads, strict=True
+    ):
+        assert apart(found, exact) <= bound
+
+
+def test_nan_of_one_host_stays_with_it() -> None:
+    spec, growth = grown("cnn", "straight_through", "linear")
+    state = cast(growth, torch.float32).to(CUDA)
+    sick = state.clone()
+    sick["host", "params", "blocks", "0", "conv", "weight"][0] = float("nan")
+    executor = CapturedExecutor(spec, CUDA)
+
+    def trained(start: TensorDict) -> TensorDict:
+        carry = executor.begin(start, make_plan(start["slots"], spec))
+        rates = start["rates"].cpu()
+        for x, y in batches("cnn", start.batch_size[0]):
+            executor.train_step(carry, x.float().to(CUDA), y.to(CUDA), rates["host"], rates["seed"], start["key"], True)
+        return executor.finish(carry, start)[0]
+
+    well, ill = trained(state), trained(sick)
+    for a, b in zip(well["host"].values(True, True), ill["host"].values(True, True), strict=True):
+        assert torch.equal(a[1:], b[1:])
+    assert all(leaf[0].isnan().all() for leaf in ill["host", "params", "head"].values())

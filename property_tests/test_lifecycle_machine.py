@@ -203,4 +203,4 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 TestLifecycle = Lifecycle.TestCase
-TestLifecycle.settings = settings(settings.get_profile(settings.get_current_profile_name()), stateful_step_count=8)
+TestLifecycle.settings = settings(settings.get_profile(settings.get_current_profile_name()), stateful_step_count=6)

@@ -17,3 +17,11 @@ class InputError(ValueError):
 
 class ConfigError(InputError):
     """A configuration that cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used."""
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on although the program is in order: no space, no memory, numbers that are not finite."""

@@ -8,71 +8,36 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from tensordict import TensorDict, TensorDictBase
-from torch.optim import Adam, Optimizer
+from tensordict import TensorDict
+from torch.optim import Adam
 
 from esper import keys as k
 from esper.build import build_controller, build_env
+from esper.checkpoint.lock import LOCK, run_lock
+from esper.checkpoint.signals import leaving
+from esper.checkpoint.store import CheckpointStore, find, forget_after
 from esper.config import TrainingConfig
 from esper.control.policy import RecurrentPolicy
+from esper.engine import Engine, Progress, observer
 from esper.environment.env import GrowthEnv
-from esper.environment.observation import feature_mask
+from esper.errors import InputError, RunStopped
 from esper.events import EventLog, Summary
 from esper.growth.plan import make_plan
 from esper.growth.step import evaluate
-from esper.keys import Purpose
 from esper.learn.collector import BatchFirstCollector
-from esper.learn.normalizers import RunningMeanStd, reward_scale, scale_reward, update, update_reward_scale
-from esper.learn.update import PPOSettings, anneal_steps, entropy_coefficient, ppo_update
-from esper.telemetry import RolloutBook, record_step, weights_digest
+from esper.learn.learner import Learner
+from esper.learn.normalizers import reward_scale
+from esper.learn.update import PPOSettings, anneal_steps
+from esper.memory import memory_named
+from esper.tasks import get_task
+from esper.telemetry import RolloutBook, weights_digest
 
-
-class Progress(Protocol):
-    """What shows a run while it runs."""
-
-    def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None: ...
-
-    def rollout(self, episode: int, outcome: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Learner:
-    """A policy and what it learns with. `rollouts` counts updates and keys their draws."""
-
-    policy: RecurrentPolicy
-    optimizer: Optimizer
-    rewards: RunningMeanStd
-    settings: PPOSettings
-    key: torch.Tensor
-    rollouts: int = 0
-
-    def learn(self, rollout: TensorDictBase) -> dict[str, float]:
-        """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
-        while it was collected; both statistics then learn from it, once, unless the update was refused."""
-        raw = rollout["next", "reward"].squeeze(-1)
-        scaled = rollout.copy()
-        scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)
-        metrics = ppo_update(
-            self.policy,
-            self.optimizer,
-            scaled,
-            self.settings,
-            entropy_coef=entropy_coefficient(self.rollouts * self.settings.ppo_updates_per_batch, self.settings),
-            key=k.fold(self.key, Purpose.MINIBATCH, self.rollouts),
-        )
-        self.rollouts += 1
-        if metrics["updates"] > 0:
-            observation = rollout["observation"]
-            mask = feature_mask(observation.flatten(0, 1)).unflatten(0, observation.shape[:2])
-            self.policy.load_statistics(update(self.policy.statistics, observation, mask))
-            done = rollout["next", "done"].squeeze(-1)
-            self.rewards = update_reward_scale(self.rewards, raw, done, self.settings.gamma)
-        return metrics
+REFUSALS = 3
+"""Updates in a row that may be refused before a run stops."""
 
 
 def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
@@ -95,50 +60,97 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
     return Learner(policy, optimizer, reward_scale(), settings, k.root(config.seed))
 
 
-def train(*, run_dir: Path, events: EventLog, progress: Progress, resume: Path | None = None, **fields: Any) -> Summary:
+def train(
+    *,
+    run_dir: Path,
+    events: EventLog,
+    progress: Progress,
+    resume: Path | None = None,
+    farewell: Callable[[str], None] | None = None,
+    **fields: Any,
+) -> Summary:
     """Run a whole training; `fields` are those of `TrainingConfig`.
 
+    `resume` is the checkpoint to go on from, or `run_dir` for its newest sound one; without it `run_dir` must be new or
+    empty. With `farewell`, SIGTERM and SIGINT save the run, have it say what became of it, and end the process.
+
     Returns the summary; events and progress get everything on the way. Raises ConfigError for fields that do not fit,
-    InputError or ValueError for devices or data that cannot work, all before the first event.
+    InputError or ValueError for devices, data or checkpoints that cannot work, all before the first event; RunStopped
+    when space, memory or finite numbers run out.
     """
     config = TrainingConfig(**fields)
-    started = time.perf_counter()
+    with memory_named(config.n_envs, config.batch_size or get_task(config.task).batch_size):
+        engine = _engine(config, events, progress)
+        groups = [group.model_dump() for group in engine.groups]
+        with run_lock(run_dir), CheckpointStore(run_dir, config.to_dict(), groups) as store:
+            if resume is None:
+                _require_new(run_dir)
+                events.write("run_started", **_facts(config, engine.env))
+                engine.mark()
+            else:
+                engine.restore(*find(run_dir, resume))
+                forget_after(run_dir, engine.moment().step)
+                events.rewind(engine.events.step)
+            store.save(engine.moment())
+            with leaving(lambda: _save_now(engine, store), farewell) if farewell else nullcontext():
+                try:
+                    _loop(engine, store, progress)
+                except KeyboardInterrupt:
+                    _save_now(engine, store)
+                    raise
+                store.finish()
+            summary = _summary(engine)
+            events.write("run_finished", weights_digest=summary["weights_digest"])
+            return summary
+
+
+def _engine(config: TrainingConfig, events: EventLog, progress: Progress) -> Engine:
     env = build_env(config)
     book = RolloutBook(env.spec, env.settings.reward.param_budget, config.param_penalty_weight)
-    env.observer = _observer(env, events, progress, book)
+    env.observer = observer(env, events, progress, book)
     controller = build_controller(config, env)
     learner = build_learner(config, controller) if isinstance(controller, RecurrentPolicy) else None
-    rollouts = -(-config.n_episodes // config.n_envs)
-    events.write("run_started", **_facts(config, env))
-    totals = {"planted": 0, "culled": 0}
-    collector = BatchFirstCollector(env, controller, rollouts=rollouts)
-    outcome: dict[str, Any] = {}
-    mark = time.perf_counter()
-    for episode, rollout in enumerate(collector):
-        collected = time.perf_counter()
-        outcome = book.close()
+    collector = BatchFirstCollector(env, controller, rollouts=-(-config.n_episodes // config.n_envs))
+    return Engine(config, env, collector, learner, book, events)
+
+
+def _loop(engine: Engine, store: CheckpointStore, progress: Progress) -> None:
+    """Collect and learn until all rollouts are done, with a checkpoint whenever one is due."""
+    config, events, mark = engine.config, engine.events, time.perf_counter()
+    last = -(-config.n_episodes // config.n_envs)
+    for rollout in engine.collector:
+        episode, collected = engine.rollouts, time.perf_counter()
+        outcome = engine.close_rollout()
         events.write("rollout", episode=episode, **outcome)
-        for name in totals:
-            totals[name] += outcome[name]
-        if learner is not None:
-            events.write("update", episode=episode, **learner.learn(rollout))
+        if engine.learner is not None:
+            metrics: dict[str, Any] = engine.learn(rollout)
+            events.write("update", episode=episode, **metrics)
         events.time("collect", collected - mark, episode=episode)
         mark = time.perf_counter()
         events.time("learn", mark - collected, episode=episode)
         progress.rollout(episode, outcome)
-    collector.shutdown()
-    summary = _summary(config, env, outcome, totals, rollouts, controller, time.perf_counter() - started)
-    events.write("run_finished", weights_digest=summary["weights_digest"])
-    return summary
+        if engine.refused == 0:
+            due = engine.rollouts % config.checkpoint_every == 0 or engine.rollouts == last
+            if due:
+                events.write("checkpoint", episode=episode, rollout=engine.rollouts)
+            engine.mark()
+            if due:
+                store.save(engine.moment())
+        elif engine.refused == REFUSALS:
+            raise RunStopped(
+                f"lr: {config.lr:g}: the policy's update was not finite in {REFUSALS} rollouts in a row; none of them "
+                "was made, --resume goes on from the last checkpoint"
+            )
 
 
-def _observer(env: GrowthEnv, events: EventLog, progress: Progress, book: RolloutBook) -> Callable[[TensorDict], None]:
-    def observe(result: TensorDict) -> None:
-        record_step(events, result, env.spec, env.episode, env.epoch - 1)
-        book.add(result)
-        progress.epoch(env.episode, env.epoch, result["metrics", "val_accuracy"].tolist())
+def _save_now(engine: Engine, store: CheckpointStore) -> None:
+    store.save(engine.moment())
+    store.finish()
 
-    return observe
+
+def _require_new(run_dir: Path) -> None:
+    if any(path.name != LOCK for path in run_dir.iterdir()):
+        raise InputError([f'run_dir: "{run_dir}": must be new or empty, so that no run is written over'])
 
 
 def _facts(config: TrainingConfig, env: GrowthEnv) -> dict[str, Any]:
@@ -152,23 +164,17 @@ def _facts(config: TrainingConfig, env: GrowthEnv) -> dict[str, Any]:
     }
 
 
-def _summary(
-    config: TrainingConfig,
-    env: GrowthEnv,
-    outcome: dict[str, Any],
-    totals: dict[str, int],
-    rollouts: int,
-    controller: Any,
-    seconds: float,
-) -> Summary:
+def _summary(engine: Engine) -> Summary:
     """The outcome of the last rollout's hosts; the test split is touched here and nowhere else."""
+    config, env, outcome = engine.config, engine.env, engine.outcome
     growth = env.finished_growth()
     plans = [make_plan(g["slots"].cpu(), env.spec) for g in growth]
     scores = evaluate(env.shards, growth, plans, env.epochs, "test")
     test = (100.0 * scores["correct"][:, -1] / scores["seen"]).mean()
     weights = [g.select("host", "seeds", "slots") for g in growth]
-    if isinstance(controller, RecurrentPolicy):
-        weights.append(TensorDict.from_module(controller))
+    if engine.learner is not None:
+        weights.append(TensorDict.from_module(engine.learner.policy))
+    episodes = engine.rollouts * config.n_envs
 
     def mean(name: str) -> float:
         return sum(outcome[name]) / len(outcome[name])
@@ -177,20 +183,20 @@ def _summary(
         "task": config.task,
         "controller": config.controller,
         "seed": config.seed,
-        "episodes": rollouts * config.n_envs,
-        "env_epochs": rollouts * config.n_envs * env.spec.rules.max_epochs,
+        "episodes": episodes,
+        "env_epochs": episodes * env.spec.rules.max_epochs,
         "validation_accuracy": mean("validation_accuracy"),
         "test_accuracy": float(test),
         "objective": mean("objective"),
         "host_parameters": env.spec.host_parameters,
         "parameters": mean("parameters"),
-        "seeds_planted": totals["planted"],
+        "seeds_planted": engine.planted,
         "seeds_kept": outcome["kept"],
-        "seeds_culled": totals["culled"],
+        "seeds_culled": engine.culled,
         "weights_digest": weights_digest(*weights),
         "timing": {
-            "seconds": seconds,
-            "env_epochs_per_second": rollouts * config.n_envs * env.spec.rules.max_epochs / seconds,
+            "seconds": engine.seconds,
+            "env_epochs_per_second": episodes * env.spec.rules.max_epochs / engine.seconds,
         },
     }
 

@@ -1,11 +1,13 @@
 """Train a controller that grows networks: `python -m esper.train --config configs/demo.json`.
 
 Everything that can be checked without torch is checked before torch is loaded. Exit codes: 0 done, 2 bad input (one
-message names every problem), 130 interrupted.
+message names every problem), 1 stopped on the way (no space, no memory, numbers that are not finite), 130 and 143
+interrupted by SIGINT and SIGTERM, with a checkpoint of the last step.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from esper.config import TrainingConfig
-from esper.errors import InputError
+from esper.errors import InputError, RunStopped
 from esper.events import EventLog, is_free, load, write_json
 from esper.flags import Command, parse
 from esper.tasks import get_task
 
-BAD_INPUT, INTERRUPTED = 2, 130
+STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"esper.train: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RunStopped as error:
+        print(f"esper.train: stopped: {error}", file=sys.stderr)
+        return STOPPED
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"esper.train: stopped: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("esper.train: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -59,6 +70,11 @@ def run(command: Command, run_dir: Path) -> None:
     config = command.config
     check_devices(config.devices, config.device)
     console = Console()
+
+    def farewell(what: str) -> None:
+        console.show_cursor()
+        print(f"esper.train: {what}; go on with --resume --run-dir {run_dir}", file=sys.stderr, flush=True)
+
     console.print(config.summary(), highlight=False, markup=False)
     console.print(f"{describe_groups(config.n_envs, config.devices)}; policy on {config.device}", highlight=False)
     rollouts = -(-config.n_episodes // config.n_envs)
@@ -67,7 +83,12 @@ def run(command: Command, run_dir: Path) -> None:
     with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events, progress:
         try:
             summary = train(
-                run_dir=run_dir, events=events, progress=progress, resume=command.resume, **config.to_train_kwargs()
+                run_dir=run_dir,
+                events=events,
+                progress=progress,
+                resume=command.resume,
+                farewell=farewell,
+                **config.to_train_kwargs(),
             )
         except (ValueError, OSError, ImportError) as error:
             if events.started:

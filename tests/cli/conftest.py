@@ -34,7 +34,9 @@ class StubEngine:
         self.error_before: Exception | None = None
         self.error_after: Exception | None = None
 
-    def train(self, *, run_dir: Path, events: Any, progress: Any, resume: Path | None, **fields: Any) -> dict[str, Any]:
+    def train(
+        self, *, run_dir: Path, events: Any, progress: Any, resume: Path | None, farewell: Any, **fields: Any
+    ) -> dict[str, Any]:
         self.calls.append({"run_dir": run_dir, "resume": resume, **fields})
         if self.error_before is not None:
             raise self.error_before

@@ -23,10 +23,11 @@ class BatchFirstCollector(Collector):
     """Collects whole episodes of a `GrowthEnv` with any TorchRL policy; iterate to get rollouts `[N, T]`.
 
     One rollout is one episode of every host: `T` is the run's `max_epochs`. A policy that carries state offers
-    `make_tensordict_primer()`, whose keys then start at zero at every reset. Raises ValueError for fewer than one rollout.
+    `make_tensordict_primer()`, whose keys then start at zero at every reset.
 
     Underneath, TorchRL hands over single steps, so that a rollout can be left and taken up again between any two of
-    them: `between` is called there, `position` is the value to keep and `go_on` takes it up.
+    them: `between` is called there, `position` is the value to keep and `go_on` takes it up. Raises ValueError for
+    fewer than one rollout.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class BatchFirstCollector(Collector):
                 self.between()
 
     def position(self) -> Callable[[], TensorDict]:
-        """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the policy
-        sees next, and `rollout` `[N, t]`, the steps of the present episode (empty at its start)."""
+        """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the
+        policy sees next, and `rollout` `[N, t]`, the steps of the present episode (empty at its start)."""
         carrier, steps = self._carrier.copy(), list(self._steps)
         return lambda: TensorDict({"carrier": carrier, "rollout": torch.cat(steps, 1) if steps else TensorDict()})
 

@@ -1,0 +1,84 @@
+"""A policy and what it learns with (plan steps 9 and 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch.optim import Optimizer
+
+from esper import keys as k
+from esper.control.policy import RecurrentPolicy
+from esper.environment.observation import feature_mask
+from esper.keys import Purpose
+from esper.learn.normalizers import RunningMeanStd, scale_reward, update, update_reward_scale
+from esper.learn.update import PPOSettings, entropy_coefficient, ppo_update
+
+
+@dataclass
+class Learner:
+    """`rollouts` counts updates and keys their draws; `refused` counts the latest in a row that were not finite."""
+
+    policy: RecurrentPolicy
+    optimizer: Optimizer
+    rewards: RunningMeanStd
+    settings: PPOSettings
+    key: torch.Tensor
+    rollouts: int = 0
+    refused: int = 0
+
+    def learn(self, rollout: TensorDictBase) -> dict[str, float]:
+        """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
+        while it was collected; both statistics then learn from it, once.
+
+        An update in which anything is not finite is refused as a whole: weights, moments and statistics stay as they
+        were, `non_finite/<source>` in the metrics says why, and the next rollout tries again.
+        """
+        before = self.state()
+        raw = rollout["next", "reward"].squeeze(-1)
+        scaled = rollout.copy()
+        scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)
+        metrics = ppo_update(
+            self.policy,
+            self.optimizer,
+            scaled,
+            self.settings,
+            entropy_coef=entropy_coefficient(self.rollouts * self.settings.ppo_updates_per_batch, self.settings),
+            key=k.fold(self.key, Purpose.MINIBATCH, self.rollouts),
+        )
+        self.rollouts += 1
+        if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):
+            metrics["non_finite/weights"] = 1.0
+        if any(name.startswith("non_finite/") for name in metrics):
+            self.load_state(before)
+            self.refused += 1
+            return {**metrics, "updates": 0.0}
+        self.refused = 0
+        observation = rollout["observation"]
+        mask = feature_mask(observation.flatten(0, 1)).unflatten(0, observation.shape[:2])
+        self.policy.load_statistics(update(self.policy.statistics, observation, mask))
+        done = rollout["next", "done"].squeeze(-1)
+        self.rewards = update_reward_scale(self.rewards, raw, done, self.settings.gamma)
+        return metrics
+
+    def state(self) -> TensorDict:
+        """Copies of `weights` (with the observation statistics), `moments` by parameter, and `rewards`."""
+        moments = self.optimizer.state_dict()["state"]
+        return TensorDict(
+            {
+                "weights": TensorDict(self.policy.state_dict()).clone(),
+                "moments": TensorDict({str(index): TensorDict(moment).clone() for index, moment in moments.items()}),
+                "rewards": self.rewards.clone(),
+            }
+        )
+
+    def load_state(self, state: TensorDict) -> None:
+        """Go on from what `state` gave. Raises ValueError if there are moments for only some of the parameters."""
+        moments = {int(index): dict(moment.clone().items()) for index, moment in state["moments"].items()}
+        count = len(list(self.policy.parameters()))
+        if moments.keys() not in ({}.keys(), set(range(count))):
+            raise ValueError(f"moments: of {len(moments)} parameters; must be of {count}, or of none before any update")
+        self.policy.load_state_dict(dict(state["weights"].items()))
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.rewards = state["rewards"].clone()

@@ -65,6 +65,13 @@ def test_metrics_are_flat_finite_floats(learner):
     assert metrics["kl_joint"] > 0
 
 
+def test_explained_variance_is_that_of_the_rollouts_own_values(learner):
+    policy, _, rollout = learner
+    target = with_advantages(policy, rollout, DEFAULT)["value_target"]
+    residual = (target - rollout["state_value"]).var(unbiased=False) / target.var(unbiased=False)
+    assert run(learner)["explained_variance"] == pytest.approx(1 - residual.item(), abs=1e-6)
+
+
 def test_the_norm_is_reported_before_clipping(learner):
     policy, _, rollout = learner
     plain = torch.optim.SGD(policy.parameters(), lr=1.0)

@@ -36,7 +36,9 @@ class Recurrence(nn.Module):
         for start, stop in pairwise([0, *starts, x.shape[1]]):
             fresh = is_init[:, start].unsqueeze(-1)
             state = tuple(torch.where(fresh, 0.0, part).unsqueeze(0) for part in (h, c))
-            y, h_n, c_n = torch.lstm(x[:, start:stop], state, weights, True, 1, 0.0, False, False, True)
+            # cuDNN would round to TF32, and a step would no longer equal its place in a sequence.
+            with torch.backends.cudnn.flags(enabled=False):
+                y, h_n, c_n = torch.lstm(x[:, start:stop], state, weights, True, 1, 0.0, self.training, False, True)
             h, c = h_n[0], c_n[0]
             outputs.append(y)
         return torch.cat(outputs, 1), h, c

@@ -29,6 +29,7 @@ from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.governor import GovernorSettings, history_epochs
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard
+from esper.seeds.actions import HEADS
 from esper.seeds.lifecycle import LifecycleRules
 from esper.seeds.slots import ordered_slots
 from esper.tasks import Task, get_task
@@ -140,7 +141,9 @@ def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy 
     max_epochs = env.spec.rules.max_epochs
     match config.controller:
         case "ppo":
-            policy = RecurrentPolicy(env.settings.observation.width, config.lstm_hidden_dim, seed=config.seed)
+            floors = [getattr(config.probability_floor, head) for head in HEADS]
+            width = env.settings.observation.width
+            policy = RecurrentPolicy(width, config.lstm_hidden_dim, seed=config.seed, floors=floors)
             return policy.to(config.device)
         case "heuristic":
             return ScriptedPolicy(heuristic(HeuristicSettings(max_epochs)))

@@ -43,6 +43,39 @@ class ScheduleStep(BaseModel):
     """How the seed is blended in; given for germinate only."""
 
 
+class HeadWeights(BaseModel):
+    """A weight per head of the controller's action."""
+
+    model_config = _SETTINGS
+
+    slot: NotNegative = 1.0
+    """Where."""
+    blueprint: NotNegative = 1.0
+    """What is planted."""
+    blend: NotNegative = 1.0
+    """How it is blended in."""
+    op: NotNegative = 1.0
+    """What is done."""
+
+
+Floor = Annotated[float, Field(ge=0, lt=0.2)]
+
+
+class HeadFloors(BaseModel):
+    """A least probability per head of the controller's action; below 1/5, as there are up to five choices."""
+
+    model_config = _SETTINGS
+
+    slot: Floor = 0.0
+    """Where."""
+    blueprint: Floor = 0.0
+    """What is planted."""
+    blend: Floor = 0.0
+    """How it is blended in."""
+    op: Floor = 0.0
+    """What is done."""
+
+
 class Fields(BaseModel):
     """Every field with its own check. `esper.config.TrainingConfig` adds the checks between fields."""
 
@@ -149,6 +182,10 @@ class Fields(BaseModel):
     """The weight never falls below this."""
     entropy_anneal_episodes: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Episodes over which the weight moves from start to end; 0 keeps it at entropy_coef."""
+    entropy_weights: HeadWeights = HeadWeights()
+    """Weights of the heads within the entropy bonus."""
+    probability_floor: HeadFloors = HeadFloors()
+    """Least probability of every legal choice of a head, while collecting and while learning."""
 
     # what the run leaves behind
     telemetry_level: Literal["off", "minimal", "normal", "debug"] = "normal"
@@ -157,5 +194,7 @@ class Fields(BaseModel):
     """A change of mean accuracy between rollouts below this many points is reported as a plateau."""
     improvement_threshold: NotNegative | None = None
     """A change above this many points is reported as an improvement or a degradation."""
+    escalation_rollouts: Annotated[int, Field(ge=0, le=10**9)] = 5
+    """Rollouts for which telemetry_level is debug after an anomaly; 0 leaves it alone."""
     checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] = 1
     """Rollouts between checkpoints; the last rollout is always saved."""

@@ -18,7 +18,10 @@ from esper.environment.env import GrowthEnv
 from esper.errors import CheckpointError
 from esper.events import EventLog
 from esper.learn.collector import BatchFirstCollector
+from esper.learn.diagnostics import UpdateWatch
+from esper.learn.escalation import AccuracyTrend, TelemetryLevel
 from esper.learn.learner import Learner
+from esper.oversight import Oversight, oversee, oversight_settings
 from esper.telemetry import RolloutBook, record_step
 
 Count = Annotated[int, Field(ge=0)]
@@ -45,7 +48,8 @@ class _Book(_Strict):
 
 class Counters(_Strict):
     """Everything of a run that is not a tensor. `rollouts` are whole ones, `events` the events written, `outcome` the
-    last rollout's, `seconds` the time spent."""
+    last rollout's, `escalated` the rollouts for which the level is still debug, `accuracies` those the trend is about,
+    `seconds` the time spent."""
 
     rollouts: Count
     updates: Count
@@ -55,6 +59,8 @@ class Counters(_Strict):
     culled: Count
     outcome: dict[str, Any]
     book: _Book
+    escalated: Count
+    accuracies: list[float]
     seconds: Annotated[float, Field(ge=0)]
 
 
@@ -75,6 +81,8 @@ class Engine:
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self._oversight_settings = oversight_settings(self.config)
+        self.oversight = Oversight(TelemetryLevel(self.config.telemetry_level), AccuracyTrend())
         self._learned = self._learner_state()
         self.moment: Callable[[], Snapshot] = self.capture()
         self.collector.between = self.mark
@@ -105,10 +113,26 @@ class Engine:
         self.culled += self.outcome["culled"]
         return self.outcome
 
-    def learn(self, rollout: TensorDict) -> dict[str, float]:
+    def watch(self) -> UpdateWatch:
+        """What looks at the next update."""
+        return self.oversight.watch(self._oversight_settings)
+
+    def oversee(self, episode: int, metrics: dict[str, float] | None, watch: UpdateWatch) -> None:
+        """Report on the rollout just learned from, and decide how closely to look at the next."""
+        self.oversight = oversee(
+            self.events,
+            self.oversight,
+            self._oversight_settings,
+            episode=episode,
+            outcome=self.outcome,
+            metrics=metrics,
+            watch=watch,
+        )
+
+    def learn(self, rollout: TensorDict, watch: UpdateWatch) -> dict[str, Any]:
         """Let the learner learn, and note what it has become."""
         assert self.learner is not None, "only a learner learns"
-        metrics = self.learner.learn(rollout)
+        metrics = self.learner.learn(rollout, watch)
         self._learned = self._learner_state()
         return metrics
 
@@ -146,6 +170,9 @@ class Engine:
             raise CheckpointError([problem]) from error
         self.rollouts, self.planted, self.culled, self.outcome = done.rollouts, done.planted, done.culled, done.outcome
         self.book.load_state(**done.book.model_dump())
+        level = TelemetryLevel(self.config.telemetry_level, done.escalated)
+        self.oversight = Oversight(level, AccuracyTrend(tuple(done.accuracies)))
+        self.events.level = level.effective
         self.began = time.perf_counter() - done.seconds
         self.events.step = done.events
         self._learned = self._learner_state()
@@ -177,10 +204,7 @@ class Engine:
         self.env.state = state
         self.collector.go_on(parts.pop("collector"), done.rollouts)
         if self.learner is not None:
-            learned, model = parts.pop("learner"), self.learner.state()
-            for name in ("weights", "rewards"):
-                learned[name] = like(learned[name], model[name])
-            self.learner.load_state(learned)
+            self.learner.load_state(parts.pop("learner"))
             self.learner.rollouts, self.learner.refused = done.updates, done.refused
         if parts:
             raise ValueError(f"{', '.join(parts)}: this run has no such part")
@@ -198,6 +222,8 @@ class Engine:
             culled=self.culled,
             outcome=self.outcome,
             book=_Book(**self.book.state()),
+            escalated=self.oversight.level.remaining,
+            accuracies=list(self.oversight.trend.accuracies),
             seconds=self.seconds,
         )
 

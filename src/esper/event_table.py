@@ -184,7 +184,10 @@ EVENTS: dict[str, EventType] = {
         others="number",
     ),
     "gradients": EventType(
-        "debug", "debug", "Gradients of one update, a record per layer of the policy.", {}, "anything"
+        "debug",
+        "debug",
+        "Gradients of an update's last step, before clipping.",
+        {"layers": DataField("anything", "a record per parameter of the policy: size, norm, mean, std, min, max, ...")},
     ),
     "anomaly": EventType(
         "minimal",

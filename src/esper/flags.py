@@ -101,7 +101,7 @@ def _build() -> _Parser:
             settings = {"action": argparse.BooleanOptionalAction}
         elif "array" in kinds and name != "schedule":
             settings["nargs"] = "*"
-        about = f"{field.description} {legal(schema, part).capitalize()}; default {json.dumps(field.default)}."
+        about = f"{field.description} {legal(schema, part).capitalize()}; default {json.dumps(part['default'])}."
         fields.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about, **settings)
     return parser
 
@@ -111,7 +111,7 @@ def _value(schema: Mapping[str, Any], name: str, given: Any) -> Any:
     kinds = {part.get("type") for part in alternatives(schema, schema["properties"][name])}
     if "null" in kinds and given in ("null", ["null"]):
         return None
-    if kinds & {"integer", "number"} or name == "schedule":
+    if kinds & {"integer", "number", "object"} or name == "schedule":
         for convert in (int, float, json.loads):
             try:
                 return convert(given)

@@ -33,6 +33,7 @@ from esper.learn.learner import Learner
 from esper.learn.normalizers import reward_scale
 from esper.learn.update import PPOSettings, anneal_steps
 from esper.memory import memory_named
+from esper.seeds.actions import HEADS
 from esper.tasks import get_task
 from esper.telemetry import RolloutBook, weights_digest
 
@@ -55,6 +56,7 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
         entropy_coef_end=config.entropy_coef_end,
         entropy_coef_min=config.entropy_coef_min,
         entropy_anneal_steps=anneal_steps(config.entropy_anneal_episodes, config.n_envs, config.ppo_updates_per_batch),
+        entropy_weights=tuple(getattr(config.entropy_weights, head) for head in HEADS),
     )
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
     return Learner(policy, optimizer, reward_scale(), settings, k.root(config.seed))
@@ -122,9 +124,12 @@ def _loop(engine: Engine, store: CheckpointStore, progress: Progress) -> None:
         episode, collected = engine.rollouts, time.perf_counter()
         outcome = engine.close_rollout()
         events.write("rollout", episode=episode, **outcome)
+        watch = engine.watch()
+        metrics: dict[str, Any] | None = None
         if engine.learner is not None:
-            metrics: dict[str, Any] = engine.learn(rollout)
+            metrics = engine.learn(rollout, watch)
             events.write("update", episode=episode, **metrics)
+        engine.oversee(episode, metrics, watch)
         events.time("collect", collected - mark, episode=episode)
         mark = time.perf_counter()
         events.time("learn", mark - collected, episode=episode)

@@ -9,11 +9,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch.optim import Optimizer
 
 from esper import keys as k
+from esper.checkpoint.tensors import like
 from esper.control.policy import RecurrentPolicy
 from esper.environment.observation import feature_mask
 from esper.keys import Purpose
 from esper.learn.normalizers import RunningMeanStd, scale_reward, update, update_reward_scale
-from esper.learn.update import PPOSettings, entropy_coefficient, ppo_update
+from esper.learn.responses import responses
+from esper.learn.update import PPOSettings, UpdateObserver, entropy_coefficient, ppo_update
 
 
 @dataclass
@@ -28,14 +30,15 @@ class Learner:
     rollouts: int = 0
     refused: int = 0
 
-    def learn(self, rollout: TensorDictBase) -> dict[str, float]:
+    def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
         while it was collected; both statistics then learn from it, once.
 
         An update in which anything is not finite is refused as a whole: weights, moments and statistics stay as they
-        were, `non_finite/<source>` in the metrics says why, and the next rollout tries again.
+        were, `non_finite/<source>` in the metrics says why, and the next rollout tries again. `observer` looks on.
         """
         before = self.state()
+        responded = responses(self.policy, rollout)
         raw = rollout["next", "reward"].squeeze(-1)
         scaled = rollout.copy()
         scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)
@@ -46,6 +49,7 @@ class Learner:
             self.settings,
             entropy_coef=entropy_coefficient(self.rollouts * self.settings.ppo_updates_per_batch, self.settings),
             key=k.fold(self.key, Purpose.MINIBATCH, self.rollouts),
+            observer=observer,
         )
         self.rollouts += 1
         if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):
@@ -60,7 +64,7 @@ class Learner:
         self.policy.load_statistics(update(self.policy.statistics, observation, mask))
         done = rollout["next", "done"].squeeze(-1)
         self.rewards = update_reward_scale(self.rewards, raw, done, self.settings.gamma)
-        return metrics
+        return {**metrics, **responded}
 
     def state(self) -> TensorDict:
         """Copies of `weights` (with the observation statistics), `moments` by parameter, and `rewards`."""
@@ -74,11 +78,15 @@ class Learner:
         )
 
     def load_state(self, state: TensorDict) -> None:
-        """Go on from what `state` gave. Raises ValueError if there are moments for only some of the parameters."""
-        moments = {int(index): dict(moment.clone().items()) for index, moment in state["moments"].items()}
-        count = len(list(self.policy.parameters()))
-        if moments.keys() not in ({}.keys(), set(range(count))):
-            raise ValueError(f"moments: of {len(moments)} parameters; must be of {count}, or of none before any update")
-        self.policy.load_state_dict(dict(state["weights"].items()))
+        """Go on from what `state` gave. Raises ValueError for tensors that do not fit the policy."""
+        model = self.state()
+        weights, rewards = (like(state[name], model[name]) for name in ("weights", "rewards"))
+        moments = {}
+        for index, parameter in enumerate(self.policy.parameters() if not state["moments"].is_empty() else ()):
+            fitting = {"step": torch.zeros(()), "exp_avg": parameter.detach(), "exp_avg_sq": parameter.detach()}
+            moments[index] = dict(like(state["moments", str(index)], TensorDict(fitting)).clone().items())
+        if len(state["moments"].keys()) != len(moments):
+            raise ValueError(f"moments: {', '.join(state['moments'].keys())}; must be of {len(moments)} parameters")
+        self.policy.load_state_dict(dict(weights.items()))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.rewards = state["rewards"].clone()
+        self.rewards = rewards.clone()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -20,6 +21,18 @@ from esper.seeds.actions import HEADS
 KL_MARGIN = 1.5
 LOSSES = ("loss_objective", "loss_critic", "loss_entropy")
 _CHECKED = ("observation", "action_log_prob", "state_value", ("next", "observation"), ("next", "reward"))
+
+
+class UpdateObserver(Protocol):
+    """What looks at an update while it happens, for diagnostics; it must not change what it is shown."""
+
+    def evaluated(
+        self, policy: RecurrentPolicy, rows: TensorDictBase, hosts: Tensor, metrics: Mapping[str, float]
+    ) -> None:
+        """The losses of `rows` `[n, T]`, those of the hosts `hosts` `[n]`, are known."""
+
+    def differentiated(self, policy: RecurrentPolicy) -> None:
+        """The gradients of a step are known and not yet clipped."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class PPOSettings:
     entropy_coef_end: float | None = None
     entropy_coef_min: float = 0.01
     entropy_anneal_steps: int = 0
-    entropy_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    entropy_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # of the heads, in the order of HEADS
 
 
 def anneal_steps(episodes: int, n_hosts: int, updates_per_batch: int) -> int:
@@ -101,6 +114,7 @@ def ppo_update(
     *,
     entropy_coef: float,
     key: Tensor,
+    observer: UpdateObserver | None = None,
 ) -> dict[str, float]:
     """Improve `policy` in place on one rollout `[N, T]`; returns metrics.
 
@@ -134,8 +148,11 @@ def ppo_update(
     norms: list[dict[str, float]] = []
     stopped = False
     for hosts in _minibatches(rollout.shape[0], settings, key):
-        outputs = loss(prepared if settings.minibatches == 1 else prepared[hosts])
+        rows = prepared if settings.minibatches == 1 else prepared[hosts]
+        outputs = loss(rows)
         seen = _scalars(outputs)
+        if observer is not None:
+            observer.evaluated(policy, rows, hosts, seen)
         faults = [name for name in LOSSES if not math.isfinite(seen[name])]
         if faults:
             break
@@ -145,6 +162,8 @@ def ppo_update(
             break
         optimizer.zero_grad(set_to_none=True)
         sum(outputs[name] for name in LOSSES).backward()
+        if observer is not None:
+            observer.differentiated(policy)
         faults = _non_finite_gradients(policy)
         if faults:
             break
@@ -156,8 +175,10 @@ def ppo_update(
 
 
 def _minibatches(n_hosts: int, settings: PPOSettings, key: Tensor) -> Iterator[Tensor]:
+    everyone = torch.arange(n_hosts, device=key.device)
     for index in range(settings.ppo_updates_per_batch):
-        yield from permutation(fold(key, index), n_hosts).tensor_split(settings.minibatches)
+        order = everyone if settings.minibatches == 1 else permutation(fold(key, index), n_hosts)
+        yield from order.tensor_split(settings.minibatches)
 
 
 def _name(key: str | tuple[str, ...]) -> str:

@@ -34,6 +34,8 @@ from esper.seeds.lifecycle import LifecycleRules
 from esper.seeds.slots import ordered_slots
 from esper.tasks import Task, get_task
 
+_SCORED_IMAGES = 512
+
 
 def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
     """What grows, and by which rules."""
@@ -82,7 +84,7 @@ def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch
     devices, _ = check_devices(config.devices, config.device)
     require_batches(splits, batch_size)
     calibration = None
-    if config.coalition_statistics == "recalibrated":
+    if config.coalition_statistics == "recalibrated" and spec.has_statistics:
         calibration = calibration_batch(splits, k.root(config.seed), batch_size)
     shards = []
     for device, group in zip(devices, host_groups(config.n_envs, len(devices)), strict=True):
@@ -104,6 +106,8 @@ def build_env(config: TrainingConfig, observer: Observer | None = None) -> Growt
     task = get_task(config.task)
     spec = build_spec(config, task)
     splits = task.load(k.root(config.seed), Path(config.data_dir))
+    if config.train_samples is not None:
+        splits = splits.limited(config.train_samples)
     batch_size = config.batch_size or task.batch_size
     shards = build_shards(config, spec, splits, batch_size)
     settings = EnvSettings(
@@ -132,7 +136,9 @@ def build_env(config: TrainingConfig, observer: Observer | None = None) -> Growt
             loss=LossSettings(task.baseline_loss, task.target_loss, task.typical_loss_delta_std, task.loss_rent_weight),
         ),
     )
-    epochs = EpochSettings(batch_size=batch_size, augment=task.augment)
+    # Logits over a vocabulary are too large to score more blocks at a time than are trained on.
+    evaluation_batch = batch_size if task.kind == "lm" else max(batch_size, _SCORED_IMAGES)
+    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment)
     return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
 
 

@@ -104,6 +104,8 @@ class Fields(BaseModel):
     """Epochs in an episode."""
     batch_size: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Samples per host in a training step."""
+    train_samples: Annotated[int, Field(ge=1)] | None = None
+    """Train on the first so many samples of the training split only; null for all of them."""
 
     # how hosts and seeds train
     host_lr: Positive | None = None

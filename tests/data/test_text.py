@@ -8,6 +8,7 @@ import torch
 
 from esper.data.bpe import END_OF_TEXT, load_bpe
 from esper.data.text import load_pydocs, load_tinystories, pack, read_stories
+from formats import ALPHABET, TRAIN, VALID, write_stories, write_tokenizer
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(6, 1), (11, 2), (12, 3), (15, 3), (16, 3), (17, 4)])
@@ -43,21 +44,6 @@ def test_pydocs_are_contiguous_regions_of_real_text():
         assert len(paragraphs) > 50
         assert not paragraphs & train_paragraphs
     assert not splits.is_image
-
-
-ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
-
-
-def write_tokenizer(folder, merges=(("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "a"), ("h", "e"))):
-    """GPT-2's two files with a handful of merges: bytes first, then merges, end-of-text last, as in the original."""
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = [chr(byte) for byte in ALPHABET] + [chr(256 + i) for i in range(256 - len(ALPHABET))]
-    symbols += ["".join(pair) for pair in merges]
-    vocabulary = {symbol: code for code, symbol in enumerate([*symbols, END_OF_TEXT])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    return vocabulary
 
 
 def decode(codes, vocabulary):
@@ -120,19 +106,6 @@ def test_tokenizer_files_that_do_not_fit_together_are_refused(tmp_path):
     files[1].write_text("#version: 0.2\nt h e\n", encoding="utf-8")
     with pytest.raises(ValueError, match="'t h e' is not a pair"):
         load_bpe(*files)
-
-
-TRAIN = ["The cat sat.\nIt was the end.", "Hi.", "A longer story about the dog, thé café and the sun."]
-VALID = ["The bird flew over the house and the tree.", "No.", "The last story is about the sea and the sand."]
-
-
-def write_stories(data_dir, pattern="TinyStoriesV2-GPT4-{}.txt"):
-    folder = data_dir / "tinystories"
-    vocabulary = write_tokenizer(folder)
-    for name, stories in (("train", TRAIN), ("valid", VALID)):
-        text = "".join(f"{story}\n{END_OF_TEXT}\n" for story in stories)
-        (folder / pattern.format(name)).write_text(text, encoding="utf-8")
-    return vocabulary
 
 
 def stream(split):

@@ -7,7 +7,7 @@ prepared afterwards, so an epoch moves a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ class Splits:
             None if self.mean is None else self.mean.to(device),
             None if self.std is None else self.std.to(device),
         )
+
+    def limited(self, n_train: int) -> Splits:
+        """The same data with only the first `n_train` training samples.
+
+        Raises ValueError if the training split has fewer.
+        """
+        if n_train > len(self.train):
+            raise ValueError(f"train_samples: {n_train}; the training split has {len(self.train)}")
+        return replace(self, train=Split(self.train.inputs[:n_train], self.train.targets[:n_train]))
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Stored images `[..., C, H, W]` as normalised `dtype`, or stored tokens `[..., L]` as int64 for any `dtype`.

@@ -50,7 +50,18 @@ class GrowthSpec:
         return tuple(registry.get(self.host.topology, name) for name in self.blueprints)
 
     @cached_property
+    def _leaves(self) -> tuple[int, int]:
+        """Numbers in one host's parameters and in its statistics."""
+        parts = self.host.init(torch.zeros(1, dtype=torch.int64))
+        params, statistics = (sum(leaf.numel() for leaf in part.values(True, True)) for part in parts)
+        return params, statistics
+
+    @property
     def host_parameters(self) -> int:
         """Trainable parameters of one ungrown host."""
-        params, _ = self.host.init(torch.zeros(1, dtype=torch.int64))
-        return sum(leaf.numel() for leaf in params.values(include_nested=True, leaves_only=True))
+        return self._leaves[0]
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether hosts keep running statistics, so that coalitions need a calibration batch."""
+        return self._leaves[1] > 0

@@ -47,9 +47,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class EpochSettings:
-    """How an epoch runs: hosts per batch step and what the loaders do."""
+    """How an epoch runs. `evaluation_batch` samples are scored at a time, all coalitions of a host at once."""
 
     batch_size: int
+    evaluation_batch: int = 512
     augment: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -194,7 +195,7 @@ def evaluate(
     carries = [
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
     ]
-    streams = [evaluation_batches(s.splits, _part(s.splits, part), _EVALUATION_BATCH, settings.dtype) for s in shards]
+    streams = [evaluation_batches(s.splits, _part(s.splits, part), settings.evaluation_batch, settings.dtype) for s in shards]
     for batch in zip(*streams, strict=True):
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
             carries[i] = shard.executor.evaluate_step(carries[i], x, y)
@@ -232,7 +233,6 @@ def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
     return healthy.cpu()
 
 
-_EVALUATION_BATCH = 512
 _NEGLIGIBLE = 1e-8
 
 

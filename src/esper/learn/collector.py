@@ -58,6 +58,7 @@ class BatchFirstCollector(Collector):
         self.growth_env = env
         self.between = between
         self._steps: list[TensorDictBase] = []
+        self._given = tuple(self._carrier.keys(include_nested=True, leaves_only=True))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         for step in super().__iter__():
@@ -71,7 +72,7 @@ class BatchFirstCollector(Collector):
     def position(self) -> Callable[[], TensorDict]:
         """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the
         policy sees next, and `rollout` `[N, t]`, the steps of the present episode (empty at its start)."""
-        carrier, steps = self._carrier.copy(), list(self._steps)
+        carrier, steps = self._carrier.select(*self._given), list(self._steps)
         return lambda: TensorDict({"carrier": carrier, "rollout": torch.cat(steps, 1) if steps else TensorDict()})
 
     def go_on(self, position: TensorDict, rollouts: int) -> None:
@@ -80,14 +81,13 @@ class BatchFirstCollector(Collector):
         Raises ValueError if it does not fit: another number of hosts, other keys, shapes or types.
         """
         rollout = position["rollout"]
-        carrier = like(position["carrier"], self._carrier)
+        carrier = like(position["carrier"], self._carrier.select(*self._given))
         steps = [] if rollout.is_empty() else [rollout.to(self.growth_env.device)]
         if steps:
             shape = (*self.growth_env.batch_size, self.growth_env.epoch)
             if rollout.batch_size != shape:
                 raise ValueError(f"rollout: {list(rollout.batch_size)}; must be {list(shape)}")
-            present = carrier.keys(include_nested=True, leaves_only=True)
-            like(rollout[:, -1].select(*present, strict=False), carrier)
+            like(rollout[:, -1].select(*self._given, strict=False), carrier)
         self._carrier = carrier
         self._steps = list(steps[0].split(1, 1)) if steps else []
         done = rollouts * self.growth_env.spec.rules.max_epochs + len(self._steps)

@@ -30,7 +30,7 @@ STAGE_COLOURS = {
 
 _EMPTY, _INK, _FAINT, _CULL = "#eceef1", "#22303c", "#9aa5b1", "#c8374a"
 _MAX_HOSTS = 4
-_STYLE = {
+STYLE = {
     "font.size": 9.0,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": _FAINT,
@@ -103,14 +103,14 @@ def run_picture(
     shown = list(present if hosts is None else hosts)[:_MAX_HOSTS]
     if not shown or not set(shown) <= set(present):
         raise ValueError(f"hosts: {shown}; episode {episode} has {present}")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return _draw(events, epochs, rollouts, tuple(slots), shown, episode)
 
 
 def save_picture(figure: Figure, run_dir: Path) -> tuple[Path, Path]:
     """Write `run.png` and `run.svg`; the same picture gives the same files."""
     png, svg = run_dir / "run.png", run_dir / "run.svg"
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=130, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None})
     return png, svg
@@ -160,7 +160,7 @@ def _accuracy(axes: Axes, epochs: Sequence[Event], events: Sequence[Event], host
     first = min(event["episode"] for event in epochs)
     for number, colour, width in ((first, _FAINT, 1.0), (episode, _INK, 1.8)):
         curve = [e for e in epochs if e["host"] == host and e["episode"] == number]
-        x, y = [e["epoch"] for e in curve], [_number(e["data"]["validation_accuracy"]) for e in curve]
+        x, y = [e["epoch"] for e in curve], [as_number(e["data"]["validation_accuracy"]) for e in curve]
         axes.plot(x, y, color=colour, linewidth=width, zorder=2 if number == first else 3)
     axes.annotate(
         f"{y[-1]:.1f}", (x[-1], y[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8, color=_INK
@@ -193,7 +193,7 @@ def _strips(axes: Axes, events: Sequence[Event], slots: Sequence[str], end: int)
 def _floor(epochs: Sequence[Event], hosts: Sequence[int], episode: int) -> float | None:
     """Where the accuracy axis starts: below all but the steepest first epochs, or the end would be a flat line."""
     shown = [e for e in epochs if e["host"] in hosts and e["episode"] == episode]
-    values = sorted(value for e in shown if (value := _number(e["data"]["validation_accuracy"])) == value)
+    values = sorted(value for e in shown if (value := as_number(e["data"]["validation_accuracy"])) == value)
     return values[len(values) // 8] - 2.0 if values else None
 
 
@@ -215,7 +215,7 @@ def _course(axes: Sequence[Axes], rollouts: Sequence[Event]) -> None:
         (axes[0], "validation_accuracy", "final accuracy, %", "#2f6db5"),
         (axes[1], "returns", "return", "#8a4fb8"),
     ):
-        rows = [[_number(value) for value in event["data"][key]] for event in rollouts]
+        rows = [[as_number(value) for value in event["data"][key]] for event in rollouts]
         lowest, highest = [min(row) for row in rows], [max(row) for row in rows]
         panel.fill_between(x, lowest, highest, color=colour, alpha=0.16, linewidth=0)
         panel.plot(x, [sum(row) / len(row) for row in rows], color=colour, marker=marker, markersize=3, linewidth=1.6)
@@ -240,6 +240,6 @@ def _course(axes: Sequence[Axes], rollouts: Sequence[Event]) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """A number as the event log writes it: null is NaN, infinities are texts."""
     return float("nan") if value is None else float(value)

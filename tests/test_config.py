@@ -64,6 +64,7 @@ DEFAULTS = {
     "telemetry_level": "normal",
     "plateau_threshold": None,
     "improvement_threshold": None,
+    "tracker": "none",
     "checkpoint_every": 1,
 }
 

@@ -198,5 +198,7 @@ class Fields(BaseModel):
     """A change above this many points is reported as an improvement or a degradation."""
     escalation_rollouts: Annotated[int, Field(ge=0, le=10**9)] = 5
     """Rollouts for which telemetry_level is debug after an anomaly; 0 leaves it alone."""
+    tracker: Literal["none", "csv", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Where rollouts and updates are reported besides the event log; wandb stays offline."""
     checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] = 1
     """Rollouts between checkpoints; the last rollout is always saved."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypedDict
@@ -98,7 +98,8 @@ def write_json(path: Path, data: Any) -> None:
 
 
 class EventLog:
-    """Writes a run directory. `level` filters what is written and may be changed at any time.
+    """Writes a run directory. `level` filters what is written and may be changed at any time; `listeners` are called
+    with every event, written or not.
 
     The directory and `config.json` appear with the first event, so a run refused before it started leaves nothing.
     """
@@ -107,6 +108,7 @@ class EventLog:
         self.run_dir = run_dir
         self.level: Level = level
         self.step = 0
+        self.listeners: list[Callable[[Event], None]] = []
         self._config = dict(config)
         self._events: IO[str] | None = None
         self._timings: IO[str] | None = None
@@ -143,6 +145,8 @@ class EventLog:
             "data": standard(data),
         }
         self.step += 1
+        for listen in self.listeners:
+            listen(event)
         if LEVELS.index(EVENTS[kind].level) <= LEVELS.index(self.level):
             stream.write(json.dumps(event, allow_nan=False) + "\n")
 

@@ -20,6 +20,7 @@ from esper.errors import InputError, RunStopped
 from esper.events import EventLog, is_free, load, write_json
 from esper.flags import Command, parse
 from esper.tasks import get_task
+from esper.trackers import Tracker
 
 STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -80,7 +81,9 @@ def run(command: Command, run_dir: Path) -> None:
     rollouts = -(-config.n_episodes // config.n_envs)
     max_epochs = config.max_epochs or get_task(config.task).max_epochs
     progress = RunProgress(console, rollouts, max_epochs, config.n_envs)
-    with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events, progress:
+    tracker = Tracker(config.tracker, run_dir)
+    with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events, tracker, progress:
+        events.listeners.append(tracker)
         try:
             summary = train(
                 run_dir=run_dir,

@@ -2,10 +2,10 @@
 
     python bench/learning.py --task digits --seeds 0 1 2 3 4 --hosts 32 --rollouts 60 --out learning-digits.json
 
-Every seed is a process of its own, on its own share of the cores. For each seed the script prints the mean return of the
-first and the last fifth of the rollouts with a 95 % bootstrap interval of their difference (episodes resampled), the
-explained variance of the last fifth, and each head's least normalised entropy there. Controllers that do not learn can be
-run the same way (`--controller`).
+Every seed is a process of its own, on its own share of the cores. For each seed the script prints the mean return of
+the first and the last fifth of the rollouts with a 95 % bootstrap interval of their difference (episodes resampled),
+the explained variance of the last fifth, and each head's least normalised entropy there. Controllers that do not learn
+can be run the same way (`--controller`). `--minutes` ends every run with the rollout in which its time is up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import tempfile
@@ -25,9 +26,13 @@ from typing import Any
 HEADS = ("slot", "blueprint", "blend", "op")
 
 
-def run(work: tuple[dict[str, Any], set[int]]) -> dict[str, Any]:
+class TimeUp(Exception):
+    """The run has had its minutes."""
+
+
+def run(work: tuple[dict[str, Any], set[int], float]) -> dict[str, Any]:
     """One training on the given cores; what its rollouts and updates reported."""
-    job, cores = work
+    job, cores, minutes = work
     os.sched_setaffinity(0, cores)
     import torch
 
@@ -44,18 +49,19 @@ def run(work: tuple[dict[str, Any], set[int]]) -> dict[str, Any]:
             if episode % 10 == 0:
                 mean = sum(outcome["returns"]) / len(outcome["returns"])
                 print(f"seed {job['seed']} rollout {episode}: return {mean:+.3f} {outcome['ops']}", flush=True)
+            if time.perf_counter() - start > 60.0 * minutes:
+                raise TimeUp
 
     config = TrainingConfig(**job)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        with EventLog(run_dir, config.to_dict(), "minimal") as events:
-            summary = train(run_dir=run_dir, events=events, progress=Silent(), **config.to_train_kwargs())
+        with EventLog(run_dir, config.to_dict(), "minimal") as events, contextlib.suppress(TimeUp):
+            train(run_dir=run_dir, events=events, progress=Silent(), **config.to_train_kwargs())
         logged = load(run_dir)
     return {
         "seed": job["seed"],
         "seconds": time.perf_counter() - start,
-        "summary": dict(summary),
         "rollouts": [event["data"] for event in logged if event["type"] == "rollout"],
         "updates": [event["data"] for event in logged if event["type"] == "update"],
     }
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--hosts", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=40)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--fields", type=json.loads, default={}, help="further configuration fields, as JSON")
     parser.add_argument("--processes", type=int, default=None, help="runs at a time (default: one per core)")
     parser.add_argument("--cores", type=int, nargs="+", default=None, help="cores to use (default: all)")
@@ -115,7 +122,9 @@ def main() -> None:
     at_once = min(len(jobs), given.processes or len(cores))
     shares = [set(cores[i % at_once :: at_once] or cores) for i in range(len(jobs))]
     with multiprocessing.get_context("spawn").Pool(at_once) as pool:
-        results = pool.map(run, list(zip(jobs, shares, strict=True)), chunksize=1)
+        results = pool.map(
+            run, [(job, share, given.minutes) for job, share in zip(jobs, shares, strict=True)], chunksize=1
+        )
     rows = [judge(result) for result in results]
     for row in rows:
         gain, low, high = row["returns"]["gain"]

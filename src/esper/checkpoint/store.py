@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from esper import __version__
 from esper.checkpoint.snapshot import (
     Manifest,
     Snapshot,
@@ -25,14 +26,14 @@ from esper.errors import CheckpointError, RunStopped
 
 KEEP_LAST = 3
 FOLDER = "checkpoints"
-_LIBRARIES = ("esper", "torch", "tensordict", "torchrl", "safetensors")
+_LIBRARIES = ("torch", "tensordict", "torchrl", "safetensors")
 
 log = logging.getLogger("esper")
 
 
 def versions() -> dict[str, str]:
     """The libraries that make the numbers, by name."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {"esper": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 class CheckpointStore:

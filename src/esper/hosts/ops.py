@@ -123,6 +123,8 @@ class _StackedConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         from esper.hosts import kernels
 
+        ctx.dtype = x.dtype
+        x = kernels.laid_out(x, w.dtype)
         ctx.save_for_backward(x, w)
         return kernels.conv(x, w)
 
@@ -133,7 +135,7 @@ class _StackedConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
-            kernels.conv_input_grad(g, w).to(x.dtype) if needs_x else None,
+            kernels.conv_input_grad(g, w).to(ctx.dtype) if needs_x else None,
             kernels.conv_weight_grad(x, g, w.shape[-1]).to(w.dtype) if needs_w else None,
         )
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,10 +107,7 @@ class CapturedExecutor:
         return carry
 
     def finish(self, carry: _Trainer, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        result = copy.copy(carry.carry)
-        done = [t.clone() for t in _state(result)]
-        _rebind(result, iter(done))
-        return self.stacked.finish(result, growth)
+        return self.stacked.finish(_frozen(carry.carry), growth)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> _Scorer:
         known = plan in self._scorers
@@ -252,23 +249,26 @@ def _remember(cache: OrderedDict[Plan, Any], plan: Plan, value: Any, size: int) 
 
 def _state(carry: Training) -> list[Tensor]:
     """Everything a step reads and the next step continues from, in a fixed order."""
-    tensors = [*leaves(carry.params), *leaves(carry.statistics), *carry.moments]
-    for address, seed in carry.seeds.items():
-        tensors += [*leaves(seed), *carry.seed_moments[address]]
-    return [*tensors, carry.alpha, carry.loss, carry.correct, *carry.scale.values()]
+    groups = [*carry.seeds.values(), *carry.seed_moments.values()]
+    host = [carry.params, carry.moments, *leaves(carry.statistics)]
+    return [*host, *groups, carry.alpha, carry.loss, carry.correct, *carry.scale.values()]
 
 
-def _rebind(carry: Training, tensors: Iterator[Tensor]) -> None:
-    """Bind tensors in the order of `_state` to a carry."""
-    carry.params, carry.statistics = like(carry.params, tensors), like(carry.statistics, tensors)
-    carry.moments = [next(tensors) for _ in carry.moments]
-    seeds, moments = {}, {}
-    for address, seed in carry.seeds.items():
-        seeds[address] = like(seed, tensors)
-        moments[address] = [next(tensors) for _ in carry.seed_moments[address]]
-    carry.seeds, carry.seed_moments = seeds, moments
-    carry.alpha, carry.loss, carry.correct = next(tensors), next(tensors), next(tensors)
-    carry.scale = {name: next(tensors) for name in carry.scale}
+def _frozen(carry: Training) -> Training:
+    """The carry with copies of all its tensors, which the next epoch does not overwrite."""
+    copies = iter([tensor.detach().clone() for tensor in _state(carry)])
+    return replace(
+        carry,
+        params=next(copies),
+        moments=next(copies),
+        statistics=like(carry.statistics, copies),
+        seeds={address: next(copies) for address in carry.seeds},
+        seed_moments={address: next(copies) for address in carry.seed_moments},
+        alpha=next(copies),
+        loss=next(copies),
+        correct=next(copies),
+        scale={name: next(copies) for name in carry.scale},
+    )
 
 
 def _scored(carry: Scoring) -> list[Tensor]:
@@ -283,6 +283,9 @@ def _detached(carry: Scoring) -> Scoring:
     return result
 
 
-def _copy(targets: Any, values: Any) -> None:
-    with torch.no_grad():
-        torch._foreach_copy_(list(targets), list(values))
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Fill `targets` with `values`, in as few launches as there are types."""
+    pairs = [(a, b) for a, b in zip(targets, values, strict=True) if a is not b]
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

@@ -80,7 +80,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
+        _, inverse = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
 
@@ -94,37 +94,30 @@ def apply_groups(split: Split, h: Tensor, function: Callable[[SlotPlan, Tensor, 
     return result
 
 
-def gather(
-    spec: GrowthSpec, bank: TensorDict, splits: Sequence[Split], prepare: Callable[[Tensor], Tensor]
-) -> tuple[Seeds, dict[Address, list[Tensor]], dict[Address, Tensor]]:
-    """The seeds a plan needs, stacked by group, with their moments and the hosts they belong to."""
-    seeds: Seeds = {}
-    moments, members = {}, {}
+def gather(spec: GrowthSpec, bank: TensorDict, splits: Sequence[Split], *, moments: bool) -> tuple[Seeds, Seeds]:
+    """The seeds a plan needs, stacked by group, and (when asked for) their moments."""
+    params: Seeds = {}
+    found: Seeds = {}
     for j, (slot, split) in enumerate(zip(spec.slots, splits, strict=True)):
         for entry, rows in zip(split.entries, split.rows, strict=True):
             kind = as_tree(bank[slot, entry.blueprint])
-            seeds[j, entry] = tree_map(prepare, select(kind["params"], rows))
-            moments[j, entry] = [leaf.index_select(0, rows) for leaf in leaves(kind["moments"])]
-            members[j, entry] = rows
-    return seeds, moments, members
+            params[j, entry] = select(kind["params"], rows)
+            if moments:
+                found[j, entry] = select(kind["moments"], rows)
+    return params, found
 
 
 def scatter(
-    spec: GrowthSpec,
-    bank: TensorDict,
-    seeds: Seeds,
-    moments: dict[Address, list[Tensor]],
-    members: dict[Address, Tensor],
+    spec: GrowthSpec, bank: TensorDict, params: Seeds, moments: Seeds, members: dict[Address, Tensor]
 ) -> TensorDict:
     """A bank with the groups' seeds and moments written back; untouched entries are shared."""
     trees: dict[tuple[str, str], dict[str, Any]] = {}
-    for (j, entry), params in seeds.items():
+    for (j, entry), rows in members.items():
         where = (spec.slots[j], entry.blueprint)
         kind = trees.get(where) or as_tree(bank[where])
-        rows = members[j, entry]
         trees[where] = {
-            "params": _write(kind["params"], rows, leaves(params)),
-            "moments": _write(kind["moments"], rows, moments[j, entry]),
+            "params": _write(kind["params"], rows, leaves(params[j, entry])),
+            "moments": _write(kind["moments"], rows, leaves(moments[j, entry])),
         }
     result = bank.clone(recurse=False)
     for slot in {slot for slot, _ in trees}:

@@ -24,12 +24,12 @@ from esper.growth.executors.groups import (
     Seeds,
     Split,
     apply_groups,
-    by_group,
     gather,
     scatter,
     split_plan,
     upload,
 )
+from esper.growth.executors.packing import Layout, layout, pack
 from esper.growth.forward import BATCHNORM_MOMENTUM, correct, mean_loss
 from esper.growth.plan import Mode, Plan, SlotPlan, inserted, shadow_plan
 from esper.growth.spec import GrowthSpec
@@ -41,17 +41,22 @@ from esper.values import changed
 
 @dataclass
 class Training:
-    """A stack of hosts being trained; every tensor has the leading `N` or is a group's."""
+    """A stack of hosts being trained; every tensor has the leading `N` or is a group's.
+
+    `params`, `moments` and those of each group are packed, `[N, P]`; `layout` and `layouts` say how.
+    """
 
     plan: Plan
     splits: list[Split]
     shadowed: bool
-    params: dict[str, Any]
+    layout: Layout
+    params: Tensor
+    moments: Tensor
     statistics: Tree
-    moments: list[Tensor]
-    seeds: Seeds
-    seed_moments: dict[Address, list[Tensor]]
+    layouts: dict[Address, Layout]
     members: dict[Address, Tensor]
+    seeds: dict[Address, Tensor]
+    seed_moments: dict[Address, Tensor]
     alpha: Tensor
     loss: Tensor
     correct: Tensor
@@ -75,17 +80,23 @@ class StackedExecutor:
     def start(self, growth: TensorDict, plan: Plan, splits: list[Split]) -> Training:
         """`begin` with the splits of the plan already made."""
         host, n = growth["host"], len(plan)
-        seeds, moments, members = gather(self.spec, growth["seeds"], splits, _leaf)
+        params, statistics, moments = (as_tree(host[name]) for name in ("params", "statistics", "moments"))
+        seeds, seed_moments = gather(self.spec, growth["seeds"], splits, moments=True)
+        groups = [
+            ((j, entry), rows) for j, s in enumerate(splits) for entry, rows in zip(s.entries, s.rows, strict=True)
+        ]
         return Training(
             plan=plan,
             splits=splits,
             shadowed=any(shadow_plan(row) is not None for row in plan),
-            params=tree_map(_leaf, as_tree(host["params"])),
-            statistics=tree_map(torch.Tensor.clone, as_tree(host["statistics"])),
-            moments=[m.clone() for m in leaves(as_tree(host["moments"]))],
-            seeds=seeds,
-            seed_moments=moments,
-            members=members,
+            layout=layout(params),
+            params=pack(leaves(params)).requires_grad_(),
+            moments=pack(leaves(moments)),
+            statistics=tree_map(torch.Tensor.clone, statistics),
+            layouts={address: layout(tree) for address, tree in seeds.items()},
+            members=dict(groups),
+            seeds={address: pack(leaves(tree)).requires_grad_() for address, tree in seeds.items()},
+            seed_moments={address: pack(leaves(tree)) for address, tree in seed_moments.items()},
             alpha=growth["slots", "alpha"].clone(),
             loss=torch.zeros(n, dtype=torch.float64, device=self.device),
             correct=torch.zeros(n, dtype=torch.int64, device=self.device),
@@ -97,69 +108,50 @@ class StackedExecutor:
         self, carry: Training, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
     ) -> Training:
         spec = self.spec
+        params = carry.layout.open(carry.params)
+        seeds = {address: carry.layouts[address].open(packed) for address, packed in carry.seeds.items()}
         with precision.autocast(spec.amp, self.device), fused(self.kernels):
-            logits, statistics = self._forward(
-                carry.splits, carry.params, carry.statistics, carry.seeds, carry.alpha, x, keys
-            )
+            logits, statistics = self._forward(carry.splits, params, carry.statistics, seeds, carry.alpha, x, keys)
             losses = vmap(mean_loss)(logits, y)
-            total = losses + self._shadow_losses(carry, x, y, keys)
+            total = losses + self._shadow_losses(carry, params, seeds, x, y, keys)
         if carry.scale:
             total = total * carry.scale["loss_scale"]
         learning = [address for address in carry.seeds if not address[1].frozen]
-        host_leaves = leaves(carry.params)
-        groups = [leaves(carry.seeds[address]) for address in learning]
-        wanted = host_leaves + [leaf for group in groups for leaf in group]
+        wanted = [carry.params, *(carry.seeds[address] for address in learning)]
+        rows = [carry.members[address] for address in learning]
         grads = list(torch.autograd.grad(total.sum(), wanted, materialize_grads=True))
-        host_grads, *group_grads = by_group(grads, [len(host_leaves), *map(len, groups)])
         with torch.no_grad():
-            members = [carry.members[address] for address in learning]
-            if carry.scale:
-                scale = carry.scale["loss_scale"]
-                host_grads = precision.unscale(host_grads, scale)
-                group_grads = [precision.unscale(g, scale[m]) for g, m in zip(group_grads, members, strict=True)]
-            if measure:
-                carry.norms = {"host": stacked_norms(host_grads)}
-                carry.norms |= {a: stacked_norms(g) for a, g in zip(learning, group_grads, strict=True)}
-            params, moments = optim.sgd(
-                host_leaves,
-                host_grads,
-                carry.moments,
-                upload(host_lr, self.device),
-                momentum=spec.momentum,
-                weight_decay=spec.host_weight_decay,
-            )
-            rates = upload(seed_lr, self.device)
-            stepped = [
-                optim.sgd(
-                    group,
-                    group_grad,
-                    carry.seed_moments[address],
-                    rates[rows],
-                    momentum=spec.momentum,
-                    weight_decay=spec.seed_weight_decay,
-                )
-                for address, group, group_grad, rows in zip(learning, groups, group_grads, members, strict=True)
-            ]
             statistics = tree_map(torch.Tensor.detach, statistics)
             if carry.scale:
-                ok = precision.all_finite(host_grads, 1)
-                for rows, group_grad in zip(members, group_grads, strict=True):
-                    ok = ok.index_copy(0, rows, ok[rows] & precision.all_finite(group_grad, 1))
-                params = precision.keep(ok, params, host_leaves)
-                moments = precision.keep(ok, moments, carry.moments)
+                scale = carry.scale["loss_scale"]
+                grads = [precision.unscale([g], s)[0] for g, s in zip(grads, _each(scale, rows), strict=True)]
+            if measure:
+                norms = [stacked_norms(carry.layout.pieces(grads[0]))]
+                norms += [stacked_norms(carry.layouts[a].pieces(g)) for a, g in zip(learning, grads[1:], strict=True)]
+                carry.norms = dict(zip(("host", *learning), norms, strict=True))
+            held = [carry.moments, *(carry.seed_moments[address] for address in learning)]
+            seed_rates = upload(seed_lr, self.device)
+            rates = [upload(host_lr, self.device), *(seed_rates[r] for r in rows)]
+            decays = [spec.host_weight_decay, *[spec.seed_weight_decay] * len(rows)]
+            stepped = [
+                optim.sgd([p], [g], [m], lr, momentum=spec.momentum, weight_decay=decay)
+                for p, g, m, lr, decay in zip(wanted, grads, held, rates, decays, strict=True)
+            ]
+            updated, moments = [p for (p,), _ in stepped], [m for _, (m,) in stepped]
+            if carry.scale:
+                ok = precision.all_finite(grads[:1], 1)
+                for r, g in zip(rows, grads[1:], strict=True):
+                    ok = ok.index_copy(0, r, ok[r] & precision.all_finite([g], 1))
+                good = _each(ok, rows)
+                updated = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, updated, wanted, strict=True)]
+                moments = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, moments, held, strict=True)]
                 kept = precision.keep(ok, leaves(statistics), leaves(carry.statistics))
                 statistics = like(statistics, iter(kept))
-                stepped = [
-                    (precision.keep(ok[m], p, old), precision.keep(ok[m], v, carry.seed_moments[a]))
-                    for (p, v), old, m, a in zip(stepped, groups, members, learning, strict=True)
-                ]
                 carry.scale = dict(zip(carry.scale, precision.adapt(*carry.scale.values(), ok), strict=True))
-            carry.params = like(carry.params, (p.detach().requires_grad_() for p in params))
-            carry.moments = moments
-            carry.seeds, carry.seed_moments = dict(carry.seeds), dict(carry.seed_moments)
-            for address, (group, group_moments) in zip(learning, stepped, strict=True):
-                carry.seeds[address] = like(carry.seeds[address], (p.detach().requires_grad_() for p in group))
-                carry.seed_moments[address] = group_moments
+            carry.params, *group_params = (p.detach().requires_grad_() for p in updated)
+            carry.moments, *group_moments = moments
+            carry.seeds = carry.seeds | dict(zip(learning, group_params, strict=True))
+            carry.seed_moments = carry.seed_moments | dict(zip(learning, group_moments, strict=True))
             carry.statistics = statistics
             carry.loss = carry.loss + losses.detach().double()
             carry.correct = carry.correct + correct(logits, y).flatten(1).sum(1)
@@ -171,13 +163,15 @@ class StackedExecutor:
         n = [len(carry.plan)]
         host = TensorDict(
             {
-                "params": as_tensordict(tree_map(torch.Tensor.detach, carry.params), n),
+                "params": as_tensordict(carry.layout.contiguous(carry.params), n),
                 "statistics": as_tensordict(carry.statistics, n),
-                "moments": as_tensordict(like(carry.params, iter(carry.moments)), n),
+                "moments": as_tensordict(carry.layout.contiguous(carry.moments), n),
             },
             batch_size=n,
         )
-        bank = scatter(self.spec, growth["seeds"], carry.seeds, carry.seed_moments, carry.members)
+        params = {a: layout.open(carry.seeds[a]) for a, layout in carry.layouts.items()}
+        moments = {a: layout.open(carry.seed_moments[a]) for a, layout in carry.layouts.items()}
+        bank = scatter(self.spec, growth["seeds"], params, moments, carry.members)
         trained = changed(growth, host=host, seeds=bank, **carry.scale)
         return trained, self._measurements(carry)
 
@@ -187,7 +181,8 @@ class StackedExecutor:
 
     def start_evaluation(self, growth: TensorDict, plan: Plan, tree: coalitions.Coalitions) -> Scoring:
         """`begin_evaluation` with the tree already laid out and nothing calibrated."""
-        seeds, _, _ = gather(self.spec, growth["seeds"], split_plan(live_plan(plan), self.device), lambda leaf: leaf)
+        live = split_plan(live_plan(plan), self.device)
+        seeds, _ = gather(self.spec, growth["seeds"], live, moments=False)
         params, statistics = as_tree(growth["host", "params"]), as_tree(growth["host", "statistics"])
         return coalitions.start(tree, params, statistics, seeds, growth["slots", "alpha"])
 
@@ -243,20 +238,20 @@ class StackedExecutor:
 
         return vmap(run, randomness="error")(params, statistics, h, keys)
 
-    def _shadow_losses(self, carry: Training, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def _shadow_losses(self, carry: Training, params: Tree, seeds: Seeds, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Losses `[N]` of the pass in which shadowed seeds learn, fully inserted into hosts held fixed."""
         if not carry.shadowed:
             return torch.zeros(len(carry.plan), device=self.device)
-        fixed = tree_map(torch.Tensor.detach, carry.params)
+        fixed = tree_map(torch.Tensor.detach, params)
         alpha = carry.alpha.clone()
-        seeds: Seeds = {}
-        for (j, entry), seed in carry.seeds.items():
+        held: Seeds = {}
+        for (j, entry), seed in seeds.items():
             if entry.mode is Mode.SHADOW:
                 alpha[:, j] = alpha[:, j].index_fill(0, carry.members[j, entry], 1.0)
-                seeds[j, entry] = seed
+                held[j, entry] = seed
             else:
-                seeds[j, entry] = tree_map(torch.Tensor.detach, seed)
-        logits, _ = self._forward(carry.splits, fixed, carry.statistics, seeds, alpha, x, keys, insert_shadows=True)
+                held[j, entry] = tree_map(torch.Tensor.detach, seed)
+        logits, _ = self._forward(carry.splits, fixed, carry.statistics, held, alpha, x, keys, insert_shadows=True)
         return vmap(mean_loss)(logits, y)
 
     def _measurements(self, carry: Training) -> TensorDict:
@@ -282,5 +277,6 @@ def stacked_norms(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([g.detach().double().reshape(g.shape[0], -1).norm(dim=1) for g in grads])
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
+def _each(values: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Values `[N]` of all hosts, then of the members of each group."""
+    return [values, *(values[r] for r in rows)]

@@ -13,6 +13,7 @@ from esper.events import EventLog, write_json
 from esper.report import write_report
 from esper.report.__main__ import BAD_INPUT, main
 from esper.report.facts import BINS, Run, contribution_rows, correlation, decisions, read_run, seeds
+from esper.report.learning import response_chart
 from esper.report.svg import Series, line_chart, number, share_bars, ticks
 from esper.seeds.actions import HEADS
 
@@ -168,7 +169,7 @@ def test_a_finished_run_shows_every_plot(tmp_path: Path) -> None:
     }
     assert len(titles["accuracy"]) == 6
     assert titles["hosts"] == ["host 0", "host 1"]
-    assert len(titles["decisions"]) == 6
+    assert len(titles["decisions"]) == 7
     assert [str(title).split(",")[0] for title in titles["learning"]] == [
         *("Explained variance", "KL divergence of an update", "Clip fraction per head", "Entropy per head"),
         *("Gradient norm before clipping", "Losses"),
@@ -322,6 +323,17 @@ def test_charts_draw_what_they_are_given() -> None:
     heights = [float(bar.get("height") or 0) for bar in bars.iter("rect") if bar.find("title") is not None]
     assert heights[1] == pytest.approx(3 * heights[0], rel=0.01)
     assert len(heights) == 2
+
+
+def test_responses_weigh_updates_by_what_they_saw() -> None:
+    def update(slots: int, share: float) -> dict[str, object]:
+        data = {"response/slots/0 to 1": slots, "response/CULL/0 to 1": share}
+        return {"type": "update", "data": data if slots else {}}
+
+    events = [update(100, 1.0)] * 12 + [update(1, 0.8), update(0, 0.0), update(3, 0.4)]
+    chart = response_chart(Run("r", CONFIG.to_dict(), events), {"CULL": "#c8374a"})  # type: ignore[arg-type]
+    (dot,) = ET.fromstring(chart).findall(".//circle")
+    assert dot.findtext("title") == "CULL, contribution, points 0 to 1: 0.5"
 
 
 def test_correlation() -> None:

@@ -10,6 +10,7 @@ from esper.plots import STAGE_COLOURS
 from esper.report.facts import BINS, Run, correlation, decisions, mean, value
 from esper.report.hosts import accuracies, accuracy_limits, host_picture, stage_legend
 from esper.report.html import Section, grid, note
+from esper.report.learning import response_chart
 from esper.report.svg import Dot, Series, line_chart, number, scatter, share_bars
 
 OP_COLOURS = {"WAIT": "#c3cad1", "GERMINATE": "#f2994a", "CULL": "#c8374a", "FOSSILIZE": STAGE_COLOURS["FOSSILIZED"]}
@@ -126,6 +127,8 @@ def decision_section(run: Run) -> Section:
         bins = [name for _, _, name in BINS]
         bars = share_bars(bins, followed[stage], look, title, "contribution, points", show_counts=True)
         charts.append(bars)
+    if run.of("update"):
+        charts.append(response_chart(run, OP_COLOURS))
     planted = blueprints_planted(run)
     if planted:
         colours_of = dict(zip(planted, BLUEPRINT_COLOURS, strict=False))
@@ -134,7 +137,9 @@ def decision_section(run: Run) -> Section:
     about = note(
         "A seed on probation can be fossilised (from 1 point of contribution on), culled or left; one being blended in "
         "can be culled or left. A controller that reads its measurements culls on the left and fossilises on the "
-        "right. Measurements after which there was no decision (last epoch, removal by a rule) do not count."
+        "right. Measurements after which there was no decision (last epoch, removal by a rule) do not count. "
+        "What the policy would do shows before it does it: the probabilities are those of the last fifth of the run, "
+        "for CULL and FOSSILIZE that of aiming them at the slot in question."
     )
     return Section("decisions", "Decisions", about + grid("charts", charts))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esper.events import Event
-from esper.report.facts import Run, metric
+from esper.learn.responses import BINS
+from esper.report.facts import Run, metric, value
 from esper.report.html import Section, grid, note
 from esper.report.svg import Series, line_chart
 from esper.seeds.actions import HEADS
 
 HEAD_COLOURS = dict(zip(HEADS, ("#0072b2", "#e69f00", "#009e73", "#cc4c79"), strict=True))
 _INK = "#22303c"
+_LAST = 0.2
 
 _HOW_TO_READ = (
     "Explained variance: share of the returns that the value head foresees; near 1 is good, near 0 means it knows no "
@@ -44,6 +47,25 @@ def section(run: Run) -> Section:
     warning = note("Not finite at least once: " + ", ".join(faults) + ".") if faults else ""
     stopped = note(f"Stopped early for its divergence: {len(stops)} of {len(updates)} updates.")
     return Section("learning", "Learning", note(_HOW_TO_READ) + warning + stopped + grid("charts", charts))
+
+
+def response_chart(run: Run, colours: Mapping[str, str]) -> str:
+    """Probability of every op by the contribution of an undecided seed, mean over the last fifth of the updates."""
+    updates = run.of("update")
+    late = [event["data"] for event in updates[-max(1, round(_LAST * len(updates))) :]]
+    lines = []
+    for op, colour in colours.items():
+        y = [_response(late, op, name) for name in BINS]
+        lines.append(Series(op, list(range(len(BINS))), y, colour))
+    title = "Probability of each op, by contribution of the seed"
+    return line_chart(lines, title, "contribution, points", y_limits=(0.0, 1.0), columns=BINS)
+
+
+def _response(updates: Sequence[Mapping[str, Any]], op: str, name: str) -> float:
+    counts = [value(data.get(f"response/slots/{name}", 0)) for data in updates]
+    shares = [value(data.get(f"response/{op}/{name}", 0)) for data in updates]
+    total = sum(counts)
+    return sum(n * share for n, share in zip(counts, shares, strict=True)) / total if total else math.nan
 
 
 def _single(

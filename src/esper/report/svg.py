@@ -100,7 +100,7 @@ class _Axes:
         place = math.log10(max(value, 1e-12)) if self.log else value
         return self.height - _BOTTOM - (place - low) / (high - low) * (self.height - _TOP - _BOTTOM)
 
-    def draw(self, x_title: str, whole: bool) -> str:
+    def draw(self, x_title: str, whole: bool, columns: Sequence[str] = ()) -> str:
         parts = []
         for value in ticks(*self.y):
             if self.log and value != int(value):
@@ -109,7 +109,9 @@ class _Axes:
             parts.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
             parts.append(label(_LEFT - 7, y + 3.5, number(10**value if self.log else value), "end"))
         base = self.height - _BOTTOM
-        for value in ticks(*self.x):
+        for place, name in enumerate(columns):
+            parts.append(label(self.at_x(place), base + 15, name, "middle"))
+        for value in () if columns else ticks(*self.x):
             if whole and value != int(value):
                 continue
             parts.append(label(self.at_x(value), base + 15, number(value), "middle"))
@@ -143,9 +145,11 @@ def line_chart(
     log: bool = False,
     rule: float | None = None,
     marks: Sequence[tuple[float, str]] = (),
+    columns: Sequence[str] = (),
 ) -> str:
     """Lines over whole numbers. `log` has a decade per unit of height, `rule` is a dashed level, `marks` are dashed
-    vertical lines with a tooltip each. Names appear in the legend once, empty ones not at all."""
+    vertical lines with a tooltip each, `columns` name the places 0, 1, ... of the axis. Names appear in the legend
+    once, empty ones not at all."""
     xs = [x for s in series for x in s.x]
     values = [v for s in series for part in (s.y, s.low, s.high) for v in part]
     if rule is not None:
@@ -153,8 +157,9 @@ def line_chart(
     if log:
         low, high = _limits([math.log10(v) for v in values if v > 0], 0.0)
         y_limits = (math.floor(low), math.ceil(high))
-    axes = _Axes(_limits(xs, 0.02), y_limits or _limits(values), log)
-    body = [axes.draw(x_title, whole=True)]
+    across = (-0.5, len(columns) - 0.5) if columns else _limits(xs, 0.02)
+    axes = _Axes(across, y_limits or _limits(values), log)
+    body = [axes.draw(x_title, whole=True, columns=columns)]
     for x, about in marks:
         place = axes.at_x(x)
         line = {"x1": place, "x2": place, "y1": _TOP, "y2": _HEIGHT - _BOTTOM}
@@ -164,7 +169,7 @@ def line_chart(
         body.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="rule"))
     inside = [_band(axes, s) for s in series if s.low]
     inside += [_line(axes, s) for s in series]
-    inside += [_dots(axes, s, x_title) for s in series if s.name and len(s.x) <= _MOST_DOTS]
+    inside += [_dots(axes, s, x_title, columns) for s in series if s.name and len(s.x) <= _MOST_DOTS]
     body.append(_clipped(*inside))
     named = list(dict.fromkeys((s.name, s.colour) for s in series if s.name))
     return _svg(title, *body, _legend(named) if len(named) > 1 else "")
@@ -196,11 +201,11 @@ def _line(axes: _Axes, s: Series) -> str:
     return tag("path", d="".join(path), fill="none", stroke_linejoin="round", **look)
 
 
-def _dots(axes: _Axes, s: Series, x_title: str) -> str:
+def _dots(axes: _Axes, s: Series, x_title: str, columns: Sequence[str]) -> str:
     return "".join(
         tag(
             "circle",
-            tag("title", escape(f"{s.name}, {x_title} {number(x)}: {number(y)}")),
+            tag("title", escape(f"{s.name}, {x_title} {columns[int(x)] if columns else number(x)}: {number(y)}")),
             cx=axes.at_x(x),
             cy=axes.at_y(y),
             r=2.2,

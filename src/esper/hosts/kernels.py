@@ -297,6 +297,53 @@ def _activate_grad_kernel(
         tl.store(out + corner, (scale * (grad - offset - value * slope)).to(out.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def _group_norm_kernel(
+    z, weight, bias, out, saved, B, EPS: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, AREA: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    MEMBERS: tl.constexpr = C // G
+    host, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    channel = row % G * MEMBERS + tl.arange(0, MEMBERS)
+    at = (host * B * G + row) * (MEMBERS * AREA) + tl.arange(0, MEMBERS)[:, None] * AREA + tl.arange(0, AREA)[None, :]
+    value = tl.load(z + at).to(tl.float32)
+    mean = tl.sum(tl.sum(value, 1), 0) / (MEMBERS * AREA)
+    centred = value - mean
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / (MEMBERS * AREA) + EPS)
+    scale, shift = tl.load(weight + host * C + channel), tl.load(bias + host * C + channel)
+    result = centred * inverse * scale[:, None] + shift[:, None]
+    if RELU:
+        result = tl.where(result < 0, 0.0, result)
+    tl.store(out + at, result.to(out.dtype.element_ty))
+    tl.store(saved + (host * B * G + row) * 2, mean)
+    tl.store(saved + (host * B * G + row) * 2 + 1, inverse)
+
+
+@triton.jit
+def _group_norm_grad_kernel(
+    z, weight, bias, saved, g, out, sums, B,
+    C: tl.constexpr, G: tl.constexpr, AREA: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    MEMBERS: tl.constexpr = C // G
+    host, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    channel = row % G * MEMBERS + tl.arange(0, MEMBERS)
+    at = (host * B * G + row) * (MEMBERS * AREA) + tl.arange(0, MEMBERS)[:, None] * AREA + tl.arange(0, AREA)[None, :]
+    mean, inverse = tl.load(saved + (host * B * G + row) * 2), tl.load(saved + (host * B * G + row) * 2 + 1)
+    normed = (tl.load(z + at).to(tl.float32) - mean) * inverse
+    grad = tl.load(g + at).to(tl.float32)
+    scale = tl.load(weight + host * C + channel)
+    if RELU:
+        shift = tl.load(bias + host * C + channel)
+        grad = tl.where(normed * scale[:, None] + shift[:, None] > 0, grad, 0.0)
+    bias_sum, scale_sum = tl.sum(grad, 1), tl.sum(grad * normed, 1)
+    first = tl.sum(bias_sum * scale, 0) / (MEMBERS * AREA)
+    second = tl.sum(scale_sum * scale, 0) / (MEMBERS * AREA)
+    tl.store(out + at, (inverse * (grad * scale[:, None] - first - normed * second)).to(out.dtype.element_ty))
+    target = sums + (host * B + row // G) * (2 * C) + channel
+    tl.store(target, bias_sum)
+    tl.store(target + C, scale_sum)
+
+
 def _precision(dtype: torch.dtype) -> str:
     """Three tf32 products stand in for one float32 product and keep its accuracy; other types need no help."""
     return "tf32x3" if dtype is torch.float32 else "ieee"
@@ -438,6 +485,57 @@ def activate_grad(
     return out, sums[..., 1], sums[..., 0]
 
 
+def group_norm(z: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """GroupNorm of `z` `[N, B, C, H, W]` with affine `[N, C]`, then ReLU if asked for.
+
+    Also returns float32 `[N, B, groups, 2]`: the mean and the inverse deviation of every group.
+    """
+    n, b, c, height, width = z.shape
+    out = torch.empty_like(z)
+    saved = torch.empty(n, b, groups, 2, dtype=torch.float32, device=z.device)
+    area = height * width
+    _group_norm_kernel[(b * groups, n)](
+        z, weight, bias, out, saved, b, eps, c, groups, area, relu, num_warps=_warps(c // groups * area)
+    )
+    return out, saved
+
+
+def group_norm_grad(
+    z: Tensor, groups: int, weight: Tensor, bias: Tensor, saved: Tensor, g: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `z`, weight and bias through `group_norm`."""
+    n, b, c, height, width = z.shape
+    out, area = torch.empty_like(z), height * width
+    sums = torch.empty(n, b, 2, c, dtype=torch.float32, device=z.device)
+    _group_norm_grad_kernel[(b * groups, n)](
+        z,
+        weight,
+        bias,
+        saved,
+        g.contiguous(),
+        out,
+        sums,
+        b,
+        c,
+        groups,
+        area,
+        relu,
+        num_warps=_warps(c // groups * area),
+    )
+    total = sums.sum(1)
+    return out, total[:, 1], total[:, 0]
+
+
+def fits_group_norm(channels: int, groups: int, area: int) -> bool:
+    """Whether a group is a tile the kernel can hold: powers of two, at most 8,192 values."""
+    members = channels // groups
+    return members & (members - 1) == 0 and area & (area - 1) == 0 and members * area <= 8192
+
+
+def _warps(size: int) -> int:
+    return max(1, min(8, size // 512))
+
+
 def _rows(x: Tensor) -> Tensor:
     """`x` with contiguous samples; a batch shared by all hosts (stride 0) is not copied."""
     return x if x[0].is_contiguous() else x.contiguous()
@@ -447,6 +545,6 @@ def compiled() -> int:
     """Kernel variants compiled so far in this process."""
     kernels = (
         _conv_kernel, _conv_weight_kernel, _conv_last_kernel, _conv_weight_last_kernel, _moments_kernel, _merge_kernel,
-        _activate_kernel, _activate_sums_kernel, _activate_grad_kernel,
+        _activate_kernel, _activate_sums_kernel, _activate_grad_kernel, _group_norm_kernel, _group_norm_grad_kernel,
     )  # fmt: skip
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,6 +63,22 @@ def norm_relu_pool(
     return (F.max_pool2d(h, pool) if pool > 1 else h), mean, var
 
 
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
+    """GroupNorm of `[B, C, H, W]` with affine `[C]`, followed by ReLU if asked for."""
+    if _stacked(x, weight) and _kernels().fits_group_norm(x.shape[1], groups, x.shape[2] * x.shape[3]):
+        result: Tensor = _GroupNorm.apply(x, groups, weight, bias, relu)
+        return result
+    result = F.group_norm(x, groups, weight, bias, EPS)
+    return F.relu(result) if relu else result
+
+
+def _kernels() -> ModuleType:
+    """The kernels need Triton, which only machines with a GPU have."""
+    from esper.hosts import kernels
+
+    return kernels
+
+
 def _stacked(x: Tensor, weight: Tensor) -> bool:
     return _FUSED.get() and x.is_cuda and weight.dtype is not torch.float64 and is_batchedtensor(weight)
 
@@ -104,10 +121,8 @@ class _Conv(_Stacked):
 class _Activate(_Stacked):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], h: Tensor, affine: Tensor, pool: int) -> tuple[Tensor, int]:
-        from esper.hosts import kernels
-
         h, affine = _stack(info, in_dims, h, affine)
-        return kernels.activate(h.contiguous(), affine.float().contiguous(), pool), 0
+        return _kernels().activate(h.contiguous(), affine.float().contiguous(), pool), 0
 
 
 class _NormActivate(_Stacked):
@@ -118,11 +133,20 @@ class _NormActivate(_Stacked):
         return _StackedNormActivate.apply(*_stack(info, in_dims, h, weight, bias), pool), (0, 0)
 
 
+class _GroupNorm(_Stacked):
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool
+    ) -> tuple[Tensor, int]:
+        dims = (in_dims[0], in_dims[2], in_dims[3])
+        x, weight, bias = _stack(info, dims, x, weight, bias)
+        return _StackedGroupNorm.apply(x, groups, weight, bias, relu), 0
+
+
 class _StackedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        from esper.hosts import kernels
-
+        kernels = _kernels()
         ctx.dtype = x.dtype
         x = kernels.laid_out(x, w.dtype)
         ctx.save_for_backward(x, w)
@@ -130,8 +154,7 @@ class _StackedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        from esper.hosts import kernels
-
+        kernels = _kernels()
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
@@ -143,8 +166,7 @@ class _StackedConv(torch.autograd.Function):
 class _StackedNormActivate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, pool: int) -> tuple[Tensor, Tensor]:
-        from esper.hosts import kernels
-
+        kernels = _kernels()
         h = h.contiguous()
         statistics, affine = kernels.moments(h, weight, bias, EPS)
         ctx.save_for_backward(h, affine, statistics)
@@ -154,7 +176,22 @@ class _StackedNormActivate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        from esper.hosts import kernels
-
+        kernels = _kernels()
         h, weight, bias = kernels.activate_grad(*ctx.saved_tensors, g, ctx.pool, EPS)
         return h, weight, bias, None
+
+
+class _StackedGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        out, saved = _kernels().group_norm(x, groups, weight, bias, relu, EPS)
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.groups, ctx.relu = groups, relu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
+        x, weight, bias, saved = ctx.saved_tensors
+        dx, dw, db = _kernels().group_norm_grad(x, ctx.groups, weight, bias, saved, g, ctx.relu)
+        return dx, None, dw, db, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.hosts import init
 from esper.hosts.base import Tree
-from esper.hosts.ops import conv2d
+from esper.hosts.ops import conv2d, group_norm
 from esper.seeds.blueprints.registry import Blueprint, register
 
 _TOPOLOGY = "cnn"
@@ -33,8 +33,8 @@ def _pack(keys: Tensor, leaves: dict[str, object]) -> TensorDict:
     return TensorDict(leaves, batch_size=keys.shape)
 
 
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.group_norm(x, norm_groups(x.shape[-3]), weight, bias)
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
+    return group_norm(x, norm_groups(x.shape[-3]), weight, bias, relu=relu)
 
 
 def _norm_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
@@ -77,7 +77,7 @@ def _depthwise_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 def _depthwise(params: Tree, x: Tensor) -> Tensor:
     y = F.conv2d(x, params["depthwise"], padding=1, groups=x.shape[-3])
     y = conv2d(y, params["pointwise"])
-    return x + F.relu(_group_norm(y, params["weight"], params["bias"]))
+    return x + _group_norm(y, params["weight"], params["bias"], relu=True)
 
 
 def _conv_light_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
@@ -85,7 +85,7 @@ def _conv_light_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorD
 
 
 def _conv_unit(params: Tree, x: Tensor) -> Tensor:
-    return F.relu(_group_norm(conv2d(x, params["conv"]), params["weight"], params["bias"]))
+    return _group_norm(conv2d(x, params["conv"]), params["weight"], params["bias"], relu=True)
 
 
 def _conv_light(params: Tree, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _conv_expand_init(keys: Tensor, channels: int, dtype: torch.dtype) -> Tensor
 
 def _conv_expand(params: Tree, x: Tensor) -> Tensor:
     y = conv2d(x, params["up"])
-    y = F.relu(_group_norm(y, params["up_weight"], params["up_bias"]))
+    y = _group_norm(y, params["up_weight"], params["up_bias"], relu=True)
     y = conv2d(y, params["down"])
     return x + _group_norm(y, params["down_weight"], params["down_bias"])
 

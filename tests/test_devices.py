@@ -42,3 +42,10 @@ def test_an_index_beyond_the_machine_is_named_with_the_count(monkeypatch: pytest
     assert check_devices(("cuda:0", "cuda:1"), "cuda")[1].type == "cuda"
     with pytest.raises(InputError, match=r'devices\[0\]: "cuda:2": this machine has 2 CUDA devices'):
         check_devices(("cuda:2",), "cpu")
+
+
+def test_a_device_number_beyond_what_torch_can_count_is_missing_too() -> None:
+    """Torch keeps an index in eight bits, so that of cuda:999 is negative."""
+    with pytest.raises(InputError, match=r'devices\[0\]: "cuda:999": (.*)') as caught:
+        check_devices(["cuda:999"], "cuda:200")
+    assert len(caught.value.problems) == 2

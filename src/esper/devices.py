@@ -21,7 +21,7 @@ def check_devices(devices: Sequence[str], device: str) -> tuple[tuple[torch.devi
     missing = [
         f'{place}: "{name}": {legal}'
         for place, name in places
-        if torch.device(name).type == "cuda" and (torch.device(name).index or 0) >= count
+        if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= count
     ]
     if missing:
         raise InputError(missing)

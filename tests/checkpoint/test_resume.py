@@ -165,7 +165,7 @@ def test_killed_twice_and_resumed_from_an_older_checkpoint(
 
 
 def test_groups_of_stacked_hosts_and_a_controller_that_does_not_learn(tmp_path: Path) -> None:
-    fields = {**SMALL, "controller": "heuristic", "devices": ["cpu:0", "cpu:1"], "executor": "stacked", "n_episodes": 2}
+    fields = {**SMALL, "controller": "heuristic", "devices": ["cpu", "cpu"], "executor": "stacked", "n_episodes": 2}
     reference = Reference(tmp_path / "whole", **fields)
     folder = reference.cut(2, tmp_path / "cut")
     same_end(reference, folder, *resume(folder, **fields))

@@ -30,6 +30,8 @@ class BatchFirstCollector(Collector):
     fewer than one rollout.
     """
 
+    _carrier: TensorDictBase
+
     def __init__(
         self,
         env: GrowthEnv,
@@ -80,15 +82,22 @@ class BatchFirstCollector(Collector):
 
         Raises ValueError if it does not fit: another number of hosts, other keys, shapes or types.
         """
-        rollout = position["rollout"]
-        carrier = like(position["carrier"], self._carrier.select(*self._given))
-        steps = [] if rollout.is_empty() else [rollout.to(self.growth_env.device)]
-        if steps:
+        if position.keys() != {"carrier", "rollout"}:
+            raise ValueError(f"collector: {', '.join(position.keys())}; must be carrier, rollout")
+        carrier, rollout = like(position["carrier"], self._carrier.select(*self._given)), position["rollout"]
+        if not rollout.is_empty():
             shape = (*self.growth_env.batch_size, self.growth_env.epoch)
             if rollout.batch_size != shape:
                 raise ValueError(f"rollout: {list(rollout.batch_size)}; must be {list(shape)}")
-            like(rollout[:, -1].select(*self._given, strict=False), carrier)
+            like(rollout[:, -1], self._step_template(carrier))
         self._carrier = carrier
-        self._steps = list(steps[0].split(1, 1)) if steps else []
+        self._steps = [] if rollout.is_empty() else list(rollout.to(self.growth_env.device).split(1, 1))
         done = rollouts * self.growth_env.spec.rules.max_epochs + len(self._steps)
         self.load_state_dict({"frames": done * carrier.batch_size.numel(), "iter": done - 1}, strict=False)
+
+    def _step_template(self, carrier: TensorDict) -> TensorDictBase:
+        """What a step of a rollout looks like, `[N]`."""
+        with torch.no_grad():
+            step = self.policy(carrier.clone())
+        following = carrier.clone().update({"reward": self.growth_env.reward_spec.zero()})
+        return step.update({"next": following})

@@ -80,6 +80,8 @@ class Learner:
     def load_state(self, state: TensorDict) -> None:
         """Go on from what `state` gave. Raises ValueError for tensors that do not fit the policy."""
         model = self.state()
+        if state.keys() != model.keys():
+            raise ValueError(f"learner: {', '.join(state.keys())}; must be {', '.join(model.keys())}")
         weights, rewards = (like(state[name], model[name]) for name in ("weights", "rewards"))
         moments = {}
         for index, parameter in enumerate(self.policy.parameters() if not state["moments"].is_empty() else ()):

@@ -1,7 +1,7 @@
 """Laws of the reward, over whole episodes of a toy world and over single steps of any kind."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -22,6 +22,7 @@ FAMILIES = [
     RewardSettings(GAMMA, 25, 1000, 4000, mode="sparse"),
     RewardSettings(GAMMA, 25, 1000, 4000, mode="minimal"),
 ]
+EPISODES = settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # too slow to shrink
 PERCENT = st.floats(0.0, 100.0, width=32)
 
 
@@ -83,7 +84,7 @@ def test_advancing_raises_the_potential_whenever_it_comes(stage, epochs, max_epo
             assert potential(successor, epochs) == 0.0
 
 
-@settings(max_examples=8)
+@EPISODES
 @given(st.integers(0, 10**6), st.lists(st.floats(-8, 8), min_size=5, max_size=5))
 def test_episodes_of_random_growing(seed, worth):
     """Shaping and attribution telescope to zero, the objective to the objective, and totals are the sums of their
@@ -102,7 +103,7 @@ def test_episodes_of_random_growing(seed, worth):
     assert torch.allclose(total, sum(part["total"] for part in parts), atol=1e-5)
 
 
-@settings(max_examples=8)
+@EPISODES
 @given(st.integers(0, 4), st.floats(-40, -0.01), st.integers(0, 10**6))
 def test_harm_that_is_culled_never_pays(blueprint, harm, seed):
     """Apart from what it did to accuracy, a harmful seed's whole life costs, however long it was kept."""

@@ -24,6 +24,8 @@ def seeds(draw: st.DrawFn, stages: tuple[Stage, ...] = STAGES, wild: bool = Fals
     blended = stage in BLENDED
     sizes = st.floats(0.0, 200.0, width=32)
     numbers = st.one_of(sizes, st.sampled_from([float("nan"), float("inf"), 1e-9])) if wild else sizes
+    share = st.floats(0.0, 1.0, width=32)
+    health = st.one_of(share, st.just(float("nan"))) if wild else share
     measured = draw(st.floats(width=32) if wild else contribution) if blended else float("nan")
     return {
         "stage": stage,
@@ -40,7 +42,7 @@ def seeds(draw: st.DrawFn, stages: tuple[Stage, ...] = STAGES, wild: bool = Fals
         "contribution_age": -1 if measured != measured else draw(st.integers(0, 3)),
         "gradient_norm": draw(numbers),
         "gradient_ratio": draw(numbers),
-        "gradient_health": draw(st.floats(0.0, 1.0, width=32)),
+        "gradient_health": draw(health),
         "parameters": draw(st.integers(1, 10**6)),
         "healthy": draw(st.booleans()),
         "planted": draw(st.integers(1, 9)),

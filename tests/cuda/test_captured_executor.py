@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from growth.test_executors_against_oracle import batches, grown
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
+from growth.test_executors_against_oracle import batches, grown
 
 pytestmark = [
     pytest.mark.cuda,

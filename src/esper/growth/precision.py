@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 PRECISIONS = ("off", "bf16", "fp16")
-INITIAL_SCALE = 2.0**16
-LARGEST_SCALE = 2.0**24
+INITIAL_SCALE = 2.0**10
+LARGEST_SCALE = 2.0**16
 SMALLEST_SCALE = 1.0
 GROWTH_INTERVAL = 200
 """Steps without overflow after which a scale doubles."""

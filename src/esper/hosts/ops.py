@@ -7,7 +7,7 @@ and hosts that are not stacked keep the plain form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -99,9 +99,7 @@ def _stack(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list
 
 
 class _Stacked(torch.autograd.Function):
-    """A function of stacks only: unstacked it is never called, stacked it runs `over`."""
-
-    over: Callable[..., Any]
+    """A function that exists for stacks only, through its rule for vmap."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:

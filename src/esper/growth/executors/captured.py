@@ -157,7 +157,8 @@ class CapturedExecutor:
 
     def _record_step(self, trainer: _Trainer, measure: bool) -> torch.cuda.CUDAGraph:
         def step() -> Training:
-            return self.stacked.train_step(copy.copy(trainer.carry), *trainer.inputs, measure)  # type: ignore[arg-type]
+            x, y, host_lr, seed_lr, keys = trainer.inputs
+            return self.stacked.train_step(copy.copy(trainer.carry), x, y, host_lr, seed_lr, keys, measure)
 
         def recorded() -> None:
             after = step()

@@ -230,8 +230,9 @@ def _train_host(
     if host.scale:
         grads = precision.unscale(grads, host.scale[0])
         ok = precision.all_finite(grads, 0)
-        host.scale = list(precision.adapt(*host.scale, ok))
+        host.scale = list(precision.adapt(host.scale[0], host.scale[1], ok))
         overflow = not bool(ok)
+        grads = precision.keep(ok, grads, [torch.zeros_like(g) for g in grads])
     host_grads, *seed_grads = by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
     with torch.no_grad():
         if measure:

@@ -125,6 +125,11 @@ class StackedExecutor:
             if carry.scale:
                 scale = carry.scale["loss_scale"]
                 grads = [precision.unscale([g], s)[0] for g, s in zip(grads, _each(scale, rows), strict=True)]
+                ok = precision.all_finite(grads[:1], 1)
+                for r, g in zip(rows, grads[1:], strict=True):
+                    ok = ok.index_copy(0, r, ok[r] & precision.all_finite([g], 1))
+                good = _each(ok, rows)
+                grads = [precision.keep(o, [g], [torch.zeros_like(g)])[0] for o, g in zip(good, grads, strict=True)]
             if measure:
                 norms = [stacked_norms(carry.layout.pieces(grads[0]))]
                 norms += [stacked_norms(carry.layouts[a].pieces(g)) for a, g in zip(learning, grads[1:], strict=True)]
@@ -139,15 +144,12 @@ class StackedExecutor:
             ]
             updated, moments = [p for (p,), _ in stepped], [m for _, (m,) in stepped]
             if carry.scale:
-                ok = precision.all_finite(grads[:1], 1)
-                for r, g in zip(rows, grads[1:], strict=True):
-                    ok = ok.index_copy(0, r, ok[r] & precision.all_finite([g], 1))
-                good = _each(ok, rows)
                 updated = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, updated, wanted, strict=True)]
                 moments = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, moments, held, strict=True)]
                 kept = precision.keep(ok, leaves(statistics), leaves(carry.statistics))
                 statistics = like(statistics, iter(kept))
-                carry.scale = dict(zip(carry.scale, precision.adapt(*carry.scale.values(), ok), strict=True))
+                adapted = precision.adapt(carry.scale["loss_scale"], carry.scale["scale_age"], ok)
+                carry.scale = dict(zip(("loss_scale", "scale_age"), adapted, strict=True))
             carry.params, *group_params = (p.detach().requires_grad_() for p in updated)
             carry.moments, *group_moments = moments
             carry.seeds = carry.seeds | dict(zip(learning, group_params, strict=True))

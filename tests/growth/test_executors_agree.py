@@ -1,0 +1,142 @@
+"""The loop and the stack give the same numbers where the oracle is silent: scoring, measurements, mixed precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from esper.growth import precision
+from esper.growth.executors.base import Executor
+from esper.growth.executors.loop import LoopExecutor
+from esper.growth.executors.stacked import StackedExecutor
+from esper.growth.plan import make_plan
+from esper.growth.spec import GrowthSpec
+from growth.test_executors_against_oracle import batches, grown
+
+CPU = torch.device("cpu")
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def cast(growth: TensorDict, dtype: torch.dtype) -> TensorDict:
+    """A float64 growth state in another precision; learning rates stay."""
+    result = growth.apply(lambda t: t.to(dtype) if t.dtype is torch.float64 else t)
+    result["rates"] = growth["rates"]
+    return result
+
+
+def data(topology: str, n: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in batches(topology, n)]
+
+
+def trained(executor: Executor, spec: GrowthSpec, growth: TensorDict, stream: list[tuple[Tensor, Tensor]]):
+    carry = executor.begin(growth, make_plan(growth["slots"], spec))
+    rates = growth["rates"]
+    for t, (x, y) in enumerate(stream):
+        last = t == len(stream) - 1
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], last)
+    return executor.finish(carry, growth)
+
+
+def scored(executor: Executor, spec: GrowthSpec, growth: TensorDict, x: Tensor, y: Tensor, calibration: Tensor | None):
+    """Two batches, the second one smaller."""
+    carry = executor.begin_evaluation(growth, make_plan(growth["slots"], spec), calibration)
+    carry = executor.evaluate_step(carry, x[0], y[0])
+    carry = executor.evaluate_step(carry, x[1, :5], y[1, :5])
+    return executor.finish_evaluation(carry)
+
+
+def flat(tree: TensorDict) -> Tensor:
+    return torch.cat([leaf.double().flatten() for leaf in tree.values(True, True)])
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("incubation", ["straight_through", "shadow"])
+@pytest.mark.parametrize("blend", ["linear", "gated"])
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_every_coalition_is_scored_alike(topology: str, blend: str, incubation: str, calibrated: bool) -> None:
+    spec, growth = grown(topology, incubation, blend)
+    x, y = data(topology, growth.batch_size[0], torch.float64)[0]
+    calibration = x[2] if calibrated else None
+    loop = scored(LoopExecutor(spec), spec, growth, x, y, calibration)
+    stack = scored(StackedExecutor(spec, CPU), spec, growth, x, y, calibration)
+    assert torch.equal(loop["correct"], stack["correct"])
+    assert torch.equal(loop["differ"], stack["differ"])
+    assert torch.equal(loop["seen"], stack["seen"])
+    assert apart(stack["loss"], loop["loss"]) <= 1e-12
+    assert loop["differ"].sum() > 0
+
+
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_measurements_agree(topology: str) -> None:
+    spec, growth = grown(topology, "straight_through", "gated")
+    stream = data(topology, growth.batch_size[0], torch.float64)
+    (_, loop), (_, stack) = (trained(e, spec, growth, stream) for e in (LoopExecutor(spec), StackedExecutor(spec, CPU)))
+    for name in ("loss", "host_norm", "seed_norm", "seed_health"):
+        assert torch.equal(loop[name].isnan(), stack[name].isnan())
+        assert apart(stack[name].nan_to_num(), loop[name].nan_to_num()) <= 1e-12
+    assert torch.equal(loop["correct"], stack["correct"])
+    assert bool((loop["seen"] == stack["seen"]).all())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("executor", [LoopExecutor, lambda spec: StackedExecutor(spec, CPU)], ids=["loop", "stacked"])
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_mixed_precision_trains_everything(topology: str, executor, amp: str) -> None:
+    spec, growth = grown(topology, "straight_through", "gated")
+    n = growth.batch_size[0]
+    exact, exact_norms = trained(LoopExecutor(spec), spec, growth, data(topology, n, torch.float64)[:1])
+    mixed = replace(spec, amp=amp)
+    state = cast(growth, torch.float32).update(precision.fresh_scale(amp, n))
+    result, measured = trained(executor(mixed), mixed, state, data(topology, n, torch.float32)[:1])
+    for name, leaf in result["host"].items(True, True):
+        assert leaf.dtype is torch.float32, name
+        assert leaf.isfinite().all(), name
+    # One step from equal weights, so the norms are those of the same gradients: unscaled, and none of them silenced.
+    planted = exact_norms["seed_norm"] > 1e-9
+    assert bool((measured["host_norm"] > 0).all())
+    assert bool((measured["seed_norm"][planted] > 0).all())
+    assert apart(measured["host_norm"], exact_norms["host_norm"]) < 3e-2
+    assert apart(measured["seed_norm"][planted], exact_norms["seed_norm"][planted]) < 5e-2
+    assert apart(flat(result["host", "params"]), flat(exact["host", "params"])) < 1e-2
+
+
+@pytest.mark.parametrize("executor", [LoopExecutor, lambda spec: StackedExecutor(spec, CPU)], ids=["loop", "stacked"])
+def test_an_overflow_skips_one_host_alone(executor) -> None:
+    spec, growth = grown("cnn", "straight_through", "linear")
+    n, sick = growth.batch_size[0], 3
+    mixed = replace(spec, amp="fp16")
+    state = cast(growth, torch.float32).update(precision.fresh_scale("fp16", n))
+    stream = data("cnn", n, torch.float32)[:1]
+    well, _ = trained(executor(mixed), mixed, state, stream)
+    hot = state.clone()
+    hot["loss_scale"][sick] = precision.LARGEST_SCALE * 2.0**40
+    skipped, _ = trained(executor(mixed), mixed, hot, stream)
+    others = torch.arange(n) != sick
+    assert float(skipped["loss_scale"][sick]) == precision.LARGEST_SCALE
+    assert int(skipped["scale_age"][sick]) == 0
+    assert torch.equal(skipped["loss_scale"][others], well["loss_scale"][others])
+    assert bool((well["scale_age"][others] == 1).all())
+    for name in ("params", "moments", "statistics"):
+        pairs = zip(skipped["host", name].values(True, True), well["host", name].values(True, True), strict=True)
+        assert all(torch.equal(a[others], b[others]) for a, b in pairs)
+        pairs = zip(skipped["host", name].values(True, True), state["host", name].values(True, True), strict=True)
+        assert all(torch.equal(a[sick], b[sick]) for a, b in pairs)
+
+
+def test_scales_halve_and_grow() -> None:
+    scale, age = torch.tensor([8.0, 8.0, 1.0]), torch.tensor([3, precision.GROWTH_INTERVAL - 1, 5])
+    scale, age = precision.adapt(scale, age, torch.tensor([False, True, False]))
+    assert scale.tolist() == [4.0, 16.0, precision.SMALLEST_SCALE]
+    assert age.tolist() == [0, 0, 0]
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="fp8"):
+        precision.autocast("fp8", CPU)

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from engine import run, tiny_task
 from esper.event_table import EVENTS, KINDS, LEVELS, PLACES, SEVERITIES, schema
 from esper.events import EventLog, load
 
@@ -24,6 +25,17 @@ def test_the_table_uses_its_own_words() -> None:
         assert {entry.kind for entry in row.data.values()} <= KINDS.keys(), name
         assert row.others in ("", *KINDS), name
         assert not row.data.keys() & PLACES.keys(), name
+
+
+def test_whole_runs_keep_to_the_schema(tmp_path: Path) -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    with tiny_task():
+        for controller in ("ppo", "random"):
+            _, events = run(tmp_path / controller, controller=controller, telemetry_level="debug")
+            for event in events:
+                validator.evolve(schema=schema()["$defs"][event["type"]]).validate(event)
+    seen = {event["type"] for event in events}
+    assert {"run_started", "germinated", "culled", "epoch", "reward", "rollout", "run_finished"} <= seen
 
 
 def test_a_line_with_everything_fits_and_nothing_else_does(tmp_path: Path) -> None:

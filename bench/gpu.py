@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def step_times(bench: Bench, spec: GrowthSpec, host: str, n: int, cells: str) ->
             step()
             mark.record()
         bench.wait()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        times = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
     times.sort()
     middle = statistics.median(times)
     return {
@@ -267,7 +268,7 @@ def epochs(bench: Bench, sizes: list[int], amps: list[str]) -> list[dict[str, An
             }
 
             def epoch(growth: TensorDict) -> tuple[float, float]:
-                plans = [make_plan(growth["slots"], spec)]
+                plans = [make_plan(growth["slots"], spec)]  # noqa: B023
                 bench.wait()
                 start = time.perf_counter()
                 states, _ = train(spec, shards, settings, [growth], plans, 0)  # noqa: B023
@@ -326,8 +327,8 @@ def scoring(bench: Bench, sizes: list[int], amps: list[str]) -> list[dict[str, A
             row["ratio"] = times["all"] / times["none"]
             rows.append(row)
             print(
-                f"scoring N={n:3d} {amp:4s}: one pass {row['one_ms']:.2f} ms, eight coalitions {row['eight_ms']:.2f} ms, "
-                f"ratio {row['ratio']:.2f}",
+                f"scoring N={n:3d} {amp:4s}: one pass {row['one_ms']:.2f} ms, eight coalitions "
+                f"{row['eight_ms']:.2f} ms, ratio {row['ratio']:.2f}",
                 flush=True,
             )
     return rows
@@ -372,7 +373,8 @@ def profile(bench: Bench, n: int, amp: str) -> list[dict[str, Any]]:
     found.sort(key=lambda row: -row["ms"])
     total = sum(row["ms"] for row in found)
     print(
-        f"profile N={n} {amp}: kernels {total:.2f} ms per step, {sum(r['calls'] for r in found):.0f} launches, busy {100 * busy / whole:.1f} %"
+        f"profile N={n} {amp}: kernels {total:.2f} ms per step, {sum(r['calls'] for r in found):.0f} launches, "
+        f"busy {100 * busy / whole:.1f} %"
     )
     for row in found[:22]:
         print(f"  {row['ms']:7.3f} ms {row['calls']:6.1f} x {row['kernel']}", flush=True)
@@ -404,7 +406,8 @@ def floor(bench: Bench) -> dict[str, float]:
     result |= {"floor_fp32": bandwidth / (4 * values), "floor_bf16": bandwidth / (2 * values)}
     print(
         f"floor: {4 * values / 1e3:.0f} KB and {flops / 1e6:.1f} MFLOP per image; {bandwidth / 1e12:.2f} TB/s and "
-        f"{rate / 1e12:.0f} TFLOP/s here; at most {result['floor_fp32'] / 1e6:.1f} M/s fp32, {result['floor_bf16'] / 1e6:.1f} M/s bf16",
+        f"{rate / 1e12:.0f} TFLOP/s here; at most {result['floor_fp32'] / 1e6:.1f} M/s fp32, "
+        f"{result['floor_bf16'] / 1e6:.1f} M/s bf16",
         flush=True,
     )
     return result

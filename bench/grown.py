@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class PlainCNN(nn.Module):
     def __init__(self, host: CNNHost, seeds: Sequence[str | None]) -> None:
         super().__init__()
         widths = [host.in_channels] + [host.channels(i) for i in range(host.n_blocks)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:]))  # noqa: B905
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
         self.seeds = nn.ModuleList(
             nn.Identity() if kind is None else Seed(kind, c) for kind, c in zip(seeds, widths[1:], strict=False)
@@ -119,13 +120,13 @@ class PlainTransformer(nn.Module):
         d = host.n_embd
         self.heads = host.n_head
         self.token, self.position = nn.Embedding(host.vocab_size, d), nn.Embedding(host.block_size, d)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                (nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d))
-            )
-            for _ in range(host.n_layer)
-        )  # fmt: skip
+        self.layers = nn.ModuleList(self._layer(d) for _ in range(host.n_layer))
         self.norm = nn.LayerNorm(d)
+
+    @staticmethod
+    def _layer(d: int) -> nn.ModuleList:
+        attention = [nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)]
+        return nn.ModuleList([*attention, nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.token(x) + self.position.weight[: x.shape[1]]

@@ -28,7 +28,7 @@ def prepare(task: str, folder: Path) -> dict[str, object]:
     if task.startswith("cifar10"):
         write_cifar10(folder, per_file=1004)
     if task == "tinystories":
-        write_stories(folder, repeat=16)
+        write_stories(folder, repeat=8)
     return {**SMOKE, **SHORT.get(task, {}), "data_dir": str(folder)}
 
 

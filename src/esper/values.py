@@ -34,7 +34,7 @@ def zero_rows(value: TensorDict, rows: Tensor) -> TensorDict:
     """A TensorDict whose rows `rows` of every leaf are zero."""
     return TensorDict(
         {
-            name: leaf.index_fill(0, rows, 0) if isinstance(leaf, Tensor) else zero_rows(leaf, rows)
+            name: leaf.index_fill(0, rows.to(leaf.device), 0) if isinstance(leaf, Tensor) else zero_rows(leaf, rows)
             for name, leaf in value.items()
         },
         batch_size=value.batch_size,

@@ -59,15 +59,19 @@ def plant(
     records: TensorDict,
     host_key: Tensor,
 ) -> TensorDict:
-    """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other leaf keeps its bits."""
+    """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other leaf keeps its bits.
+
+    Weights are drawn on the CPU, so that they are the same on every device.
+    """
+    germinated, records, host_key = germinated.cpu(), records.cpu(), host_key.cpu()
     for j, slot in enumerate(slots):
         for b, name in enumerate(blueprints):
             rows = (germinated[:, j] & (records["blueprint"][:, j] == b)).nonzero().squeeze(1)
             if rows.numel() == 0:
                 continue
             keys = seed_keys(host_key[rows], j, records["planted"][rows, j])
-            dtype = next(iter(bank[slot, name].values(True, True))).dtype
-            fresh = fresh_seed(host, slot, name, keys, dtype)
+            leaf = next(iter(bank[slot, name].values(True, True)))
+            fresh = fresh_seed(host, slot, name, keys, leaf.dtype).to(leaf.device)
             planted = TensorDict({"params": fresh, "moments": torch.zeros_like(fresh)}, batch_size=keys.shape)
             bank = write(bank, (slot, name), rows, planted)
     return bank
@@ -78,7 +82,7 @@ def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor) -> TensorD
     for j, slot in enumerate(slots):
         rows = removed[:, j].nonzero().squeeze(1)
         if rows.numel() > 0:
-            cleared = {name: zero_rows(kind, rows.to(_device(kind))) for name, kind in bank[slot].items()}
+            cleared = {name: zero_rows(kind, rows) for name, kind in bank[slot].items()}
             bank = changed(bank, **{slot: changed(bank[slot], **cleared)})
     return bank
 
@@ -88,7 +92,3 @@ def write(bank: TensorDict, address: tuple[str, str], rows: Tensor, value: Tenso
     slot, name = address
     entry = put_rows(bank[slot, name], rows, value)
     return changed(bank, **{slot: changed(bank[slot], **{name: entry})})
-
-
-def _device(kind: TensorDict) -> torch.device:
-    return next((leaf.device for leaf in kind.values(True, True)), torch.device("cpu"))

@@ -1,0 +1,53 @@
+"""Whole runs with their hosts on a GPU: the same decisions as on the CPU, and growth on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import run, tiny_task
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _task():
+    with tiny_task():
+        yield
+
+
+@pytest.mark.parametrize("executor", ["stacked", "auto"])
+@pytest.mark.parametrize("controller", ["ppo", "random"])
+def test_a_run_on_the_gpu_grows(tmp_path, executor: str, controller: str) -> None:
+    fields = {"devices": ["cuda:0"], "executor": executor, "controller": controller, "max_epochs": 10}
+    summary, events = run(tmp_path / "a", **fields)
+    again, same = run(tmp_path / "b", **fields)
+    assert summary["seeds_planted"] > 0
+    assert summary["weights_digest"] == again["weights_digest"]
+    assert events == same
+    assert not any(event["type"] == "refused" for event in events)
+
+
+def test_the_first_decisions_are_those_of_the_cpu(tmp_path) -> None:
+    """Keyed draws do not depend on the device: the random controller starts the same way on both."""
+    fields = {"controller": "random", "max_epochs": 2, "n_episodes": 4}
+    _, on_gpu = run(tmp_path / "gpu", devices=["cuda:0"], **fields)
+    _, on_cpu = run(tmp_path / "cpu", **fields)
+    first = [
+        [
+            (e["host"], e["slot"], e["data"]["blueprint"])
+            for e in events
+            if e["type"] == "germinated" and e["epoch"] == 0
+        ]
+        for events in (on_gpu, on_cpu)
+    ]
+    assert first[0] == first[1]
+    assert first[0]
+
+
+def test_the_policy_may_live_on_the_gpu(tmp_path) -> None:
+    summary, _ = run(tmp_path / "a", devices=["cuda:0"], device="cuda:0", n_episodes=4, max_epochs=4)
+    assert summary["env_epochs"] == 16

@@ -44,8 +44,8 @@ class GovernorSettings:
     """When a loss is a panic. Losses are nats; `absolute` and `random_guess_loss` come from the task.
 
     A loss is absurd when it is above `absolute`, above the mean of the window by `sensitivity` standard deviations and
-    above `multiplier` times that mean; `min_panics` of them in a row are a panic. `penalty` is what a panic costs the
-    controller. Defaults are those of a task with ten classes and ten epochs of history.
+    above `multiplier` times that mean; `min_panics` of them in a row are a panic. Defaults are those of a task with
+    ten classes and ten epochs of history.
     """
 
     absolute: float = 12.0
@@ -55,7 +55,6 @@ class GovernorSettings:
     window: int = 20
     min_history: int = _LONGEST
     min_panics: int = 3
-    penalty: float = 10.0
     snapshot_every: int = 5
 
 

@@ -15,8 +15,8 @@ _SEEN = ["observation", "mask_op", "mask_slot", "mask_blueprint", "mask_blend", 
 
 
 class ScriptedPolicy(TensorDictModuleBase):
-    """Runs a `Controller` on `[N]` hosts. What it remembers travels in the TensorDict under `carry_<name>`, as a recurrent
-    state does, and starts afresh where `is_init`."""
+    """Runs a `Controller` on `[N]` hosts. What it remembers travels in the TensorDict under `carry_<name>`, as a
+    recurrent state does, and starts afresh where `is_init`."""
 
     def __init__(self, controller: Controller) -> None:
         super().__init__()

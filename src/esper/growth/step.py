@@ -195,7 +195,8 @@ def evaluate(
     carries = [
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
     ]
-    streams = [evaluation_batches(s.splits, _part(s.splits, part), settings.evaluation_batch, settings.dtype) for s in shards]
+    size, dtype = settings.evaluation_batch, settings.dtype
+    streams = [evaluation_batches(s.splits, _part(s.splits, part), size, dtype) for s in shards]
     for batch in zip(*streams, strict=True):
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
             carries[i] = shard.executor.evaluate_step(carries[i], x, y)

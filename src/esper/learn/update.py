@@ -127,7 +127,8 @@ def ppo_update(
     gradients at fault, and weights and optimiser state stay as the last good step left them.
 
     Metrics: means over the losses evaluated, extremes for ratios, the last value for the divergences; `<name>/<head>`
-    per head; `grad_norm` before clipping. Raises ValueError if there are more minibatches than hosts.
+    per head; `grad_norm` before clipping. `observer` looks on. Raises ValueError if
+    there are more minibatches than hosts.
     """
     if settings.minibatches > rollout.shape[0]:
         raise ValueError(f"minibatches is {settings.minibatches}; a rollout of {rollout.shape[0]} hosts allows no more")

@@ -45,14 +45,15 @@ class _Training:
     params: dict[str, Any]
     statistics: Tree
     moments: list[Tensor]
-    seeds: list[dict[str, Any] | None]
+    seeds: list[Any]  # one tree per slot, None where the plan has none
     seed_moments: list[list[Tensor]]
     alpha: list[Tensor]
     scale: list[Tensor]
     losses: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] = field(default_factory=list)
     seen: int = 0
-    norms: dict[str, Any] = field(default_factory=dict)
+    norm: Tensor | None = None
+    seed_norms: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -236,10 +237,8 @@ def _train_host(
     host_grads, *seed_grads = by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
     with torch.no_grad():
         if measure:
-            host.norms = {
-                "host": tensor_norms(host_grads),
-                **dict(zip(learning, map(tensor_norms, seed_grads), strict=True)),
-            }
+            host.norm = tensor_norms(host_grads)
+            host.seed_norms = dict(zip(learning, map(tensor_norms, seed_grads), strict=True))
         if overflow:
             return
         params, host.moments = optim.sgd(
@@ -300,12 +299,11 @@ def _measurements(carry: list[_Training]) -> TensorDict:
         result["loss"][i] = torch.stack(c.losses).double().mean()
         result["correct"][i] = torch.stack(c.correct).sum()
         result["seen"][i] = c.seen
-        for which, norms in c.norms.items():
-            if which == "host":
-                result["host_norm"][i] = norms.norm()
-            else:
-                result["seed_norm"][i, which] = norms.norm()
-                result["seed_health"][i, which] = base.gradient_health(
-                    (norms < base.VANISHING_NORM).double().mean(), (norms > base.EXPLODING_NORM).double().mean()
-                )
+        if c.norm is not None:
+            result["host_norm"][i] = c.norm.norm()
+        for j, norms in c.seed_norms.items():
+            result["seed_norm"][i, j] = norms.norm()
+            result["seed_health"][i, j] = base.gradient_health(
+                (norms < base.VANISHING_NORM).double().mean(), (norms > base.EXPLODING_NORM).double().mean()
+            )
     return result

@@ -72,6 +72,8 @@ def _record_host(log: EventLog, facts: Facts, spec: GrowthSpec, place: Mapping[s
         validation_accuracy=metrics["val_accuracy"],
         **place,
     )
+    if facts["stabilized"]:
+        log.write("stabilized", epoch=epoch + 1, validation_loss=metrics["val_loss"], **place)
     log.write("reward", epoch=epoch + 1, op=op, **facts["components"], **place)
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from engine import run, tiny_task
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,7 @@ from engine import run, tiny_config, tiny_task
 from esper.build import build_controller, build_env
 from esper.learn.collector import BatchFirstCollector
 
-pytestmark = [
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = pytest.mark.multi_gpu
 DEVICES = ["cuda:0", "cuda:1"]
 
 

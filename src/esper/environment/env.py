@@ -148,7 +148,9 @@ class GrowthEnv(EnvBase):
         growth, result = run_epoch(
             self.spec, self.shards, self.epochs, self.growth(), own, tracker["val_accuracy"], self.epoch
         )
+        unsettled = ~tracker["stabilized"]
         tracker = self.settings.tracker.update(tracker, result["metrics"])
+        result["stabilized"] = tracker["stabilized"] & unsettled
         epoch = self.epoch + 1
         last = epoch >= self.spec.rules.max_epochs
         result["tracker"] = tracker

@@ -183,6 +183,7 @@ def test_a_finished_run_shows_every_plot(tmp_path: Path) -> None:
 
 def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
     _, root = read(write_run(tmp_path, finished=False, rollouts=1))
+    assert "since the first rollout" not in words(root)
     assert "not finished: 1 of 2 rollouts, epoch 3 of 8" in words(root.find(".//h1"))  # type: ignore[arg-type]
 
 

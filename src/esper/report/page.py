@@ -99,7 +99,9 @@ def summary_section(run: Run) -> Section:
             ("returns", "return", ""),
         ):
             first, last = (mean(map(value, data[key])) for data in (rollouts[0], rollouts[-1]))
-            cards.append((f"{last:.2f}{unit}", f"{name} ({last - first:+.2f} since the first rollout)"))
+            known = len(rollouts) > 1 and math.isfinite(last - first)
+            since = f" ({last - first:+.2f} since the first rollout)" if known else ""
+            cards.append((f"{last:.2f}{unit}", name + since))
         grown = mean(map(value, rollouts[-1]["parameters"])) if "parameters" in rollouts[-1] else math.nan
         cards.append((number(grown), f"parameters (host alone {number(run.started.get('host_parameters', math.nan))})"))
         planted, culled = (sum(data[key] for data in rollouts) for key in ("planted", "culled"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import run, tiny_config, tiny_task
+from esper.build import build_controller, build_env
 from esper.checkpoint import snapshot as snapshots
 from esper.checkpoint.compatible import differences
 from esper.checkpoint.snapshot import checkpoints, read_snapshot
@@ -18,8 +19,9 @@ from esper.config import TrainingConfig
 from esper.errors import CheckpointError, InputError, RunStopped
 from esper.events import EventLog, load
 from esper.learn import learner as learning
+from esper.learn.collector import BatchFirstCollector
 from esper.memory import memory_named
-from esper.run import REFUSALS, train
+from esper.run import REFUSALS, build_learner, train
 from esper.train import STOPPED, main
 from tiny import differing
 
@@ -139,6 +141,27 @@ def test_a_single_refused_update_changes_nothing_and_the_run_goes_on(
     assert float(last.parts["learner"]["rewards", "count"]) == 2 * samples
     assert last.counters["updates"] == 3
     assert differing(first.parts["learner"]["weights"], last.parts["learner"]["weights"]) != []
+
+
+def test_a_refused_update_leaves_the_learner_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments and both statistics, although the update had taken its steps before it was found out."""
+    config = tiny_config(**SMALL)
+    env = build_env(config)
+    policy = build_controller(config, env)
+    learner = build_learner(config, policy)
+    first, second = BatchFirstCollector(env, policy, rollouts=2)
+    learner.learn(first)
+    before, update = learner.state(), learning.ppo_update
+    monkeypatch.setattr(
+        learning, "ppo_update", lambda *a, **options: {**update(*a, **options), "non_finite/loss_critic": 1.0}
+    )
+    assert learner.learn(second)["updates"] == 0.0
+    assert learner.refused == 1
+    assert differing(learner.state(), before) == []
+    monkeypatch.undo()
+    learner.learn(second)
+    assert learner.refused == 0
+    assert differing(learner.state(), before) != []
 
 
 @pytest.mark.parametrize(("code", "text"), [(28, "No space left on device"), (30, "Read-only file system")])

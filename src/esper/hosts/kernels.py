@@ -363,7 +363,7 @@ def conv(x: Tensor, w: Tensor) -> Tensor:
     out = torch.empty(n, b, o, height, width, dtype=w.dtype, device=x.device)
     pixels, block = b * height * width, _block(o)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(o, block), n)
-    if vectorised(c):
+    if vectorised(c, w.dtype):
         x, w = channels_last(x, w.dtype), w.permute(0, 1, 3, 4, 2).contiguous()
         taps, part = _tile(c, size, 32)
         _conv_last_kernel[grid](
@@ -391,14 +391,14 @@ def conv_weight_grad(x: Tensor, g: Tensor, size: int) -> Tensor:
     g, pixels, area, block = g.contiguous(), b * height * width, size * size, _block(o)
     taps, part = _tile(c, size, 32 if c <= 8 else 64)
     flat = 32 if c * area <= 96 else 64
-    tiles = triton.cdiv(area, taps) * (c // part) if vectorised(c) else triton.cdiv(c * area, flat)
+    tiles = triton.cdiv(area, taps) * (c // part) if vectorised(c, g.dtype) else triton.cdiv(c * area, flat)
     across = n * triton.cdiv(o, block) * tiles
     chunks = max(1, min(triton.cdiv(pixels, 4 * _PIXELS), triton.cdiv(2048, across)))
     share = triton.cdiv(triton.cdiv(pixels, chunks), _PIXELS) * _PIXELS
     chunks = triton.cdiv(pixels, share)
     partial = torch.empty(n, chunks, o, c * area, dtype=torch.float32, device=x.device)
     grid = (chunks, triton.cdiv(o, block) * tiles, n)
-    if vectorised(c):
+    if vectorised(c, g.dtype):
         x = channels_last(x, g.dtype)
         _conv_weight_last_kernel[grid](
             x, g, partial, x.stride(0), pixels, share, chunks, c, o, height, width, size,
@@ -413,14 +413,17 @@ def conv_weight_grad(x: Tensor, g: Tensor, size: int) -> Tensor:
     return partial.sum(1).view(n, o, c, size, size)
 
 
-def vectorised(channels: int) -> bool:
-    """Whether a pixel's channels are loaded as whole vectors, which takes channels that are a power of two from 8."""
-    return channels >= 8 and channels & (channels - 1) == 0
+def vectorised(channels: int, dtype: torch.dtype) -> bool:
+    """Whether a pixel's channels are loaded as whole vectors: powers of two from 8, in 16 bits.
+
+    In float32 the three tf32 products cost more than the loads, and the plain arrangement measured faster.
+    """
+    return dtype.itemsize == 2 and channels >= 8 and channels & (channels - 1) == 0
 
 
 def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` stored as `conv` and `conv_weight_grad` read it, so that both can without moving it again."""
-    if not vectorised(x.shape[2]):
+    if not vectorised(x.shape[2], dtype):
         return _rows(x)
     return channels_last(x, dtype).permute(0, 1, 4, 2, 3)
 

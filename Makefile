@@ -10,7 +10,7 @@ demo: $(STAMP)
 	.venv/bin/python -m esper.train --config configs/demo.json
 
 test: $(STAMP)
-	.venv/bin/python -m pytest tests property_tests
+	.venv/bin/python -m pytest -n auto tests property_tests
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -256,3 +256,9 @@ def test_a_blueprint_of_ones_own_can_be_named_once_it_is_registered() -> None:
         registry.unregister("cnn", "mine")
     with pytest.raises(ConfigError, match="mine"):
         TrainingConfig(blueprints=["mine"])
+
+
+def test_the_captured_executor_needs_gpus() -> None:
+    (problem,) = problems_of(executor="captured", devices=["cuda:0", "cpu"], n_envs=2)
+    assert problem.startswith('executor: "captured": records CUDA programs')
+    assert TrainingConfig(executor="captured", devices=["cuda:0"]).executor == "captured"

@@ -24,6 +24,7 @@ from esper.environment.observation import ObservationSettings
 from esper.environment.rewards import LossSettings, RewardSettings
 from esper.environment.signals import SignalTracker
 from esper.growth.executors.base import Executor
+from esper.growth.executors.captured import CapturedExecutor
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.governor import GovernorSettings, history_epochs
@@ -70,13 +71,22 @@ def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
 
 
 def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device) -> Executor:
-    """`"auto"` is the loop over all cores on a CPU and the stacked program on a GPU."""
-    kind = config.executor
+    """`"auto"` is the loop over all cores on a CPU. On a GPU it is the captured program, or the stacked one in half
+    precision, where recorded epochs are not trusted yet (`docs/performance.md`)."""
+    kind: str = config.executor
     if kind == "auto":
-        kind = "loop" if device.type == "cpu" else "stacked"
-    if kind == "loop":
-        return LoopExecutor(spec, workers=max(1, len(os.sched_getaffinity(0))))
-    return StackedExecutor(spec, device)
+        on_gpu = "captured" if config.amp == "off" else "stacked"
+        kind = "loop" if device.type == "cpu" else on_gpu
+    if device.type == "cuda":
+        # cuDNN would round float32 convolutions to tf32, and executors are held to float32.
+        torch.backends.cudnn.allow_tf32 = False
+    match kind:
+        case "loop":
+            return LoopExecutor(spec, workers=max(1, len(os.sched_getaffinity(0))))
+        case "captured":
+            return CapturedExecutor(spec, device)
+        case _:
+            return StackedExecutor(spec, device)
 
 
 def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch_size: int) -> list[Shard]:

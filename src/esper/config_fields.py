@@ -130,8 +130,8 @@ class Fields(BaseModel):
     """Devices of the hosts, in contiguous groups; "cpu" or "cuda:0", "cuda:1", ..."""
     device: str = "cpu"
     """Device of the policy: "cpu", "cuda" or "cuda:0", ..."""
-    executor: Literal["auto", "loop", "stacked"] = "auto"
-    """How the hosts of a device advance together: one after another, or stacked into one program."""
+    executor: Literal["auto", "loop", "stacked", "captured"] = "auto"
+    """How the hosts of a device advance: one after another, stacked into one program, or as a recorded CUDA program."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Precision of the hosts' forward pass; everything the policy computes stays in float32."""
 

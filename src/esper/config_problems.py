@@ -167,6 +167,8 @@ def _devices(config: Fields) -> Iterator[Finding]:
             yield Finding(f"devices[{index}]", name, index_missing)
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,3}))?", config.device):
         yield Finding("device", config.device, "must be cpu, cuda or cuda:<index>")
+    if config.executor == "captured" and any(not name.startswith("cuda") for name in config.devices):
+        yield Finding("executor", config.executor, "records CUDA programs, so every device must be a GPU", ("devices",))
     if len(config.devices) > config.n_envs:
         legal = f"at most n_envs ({config.n_envs}) devices, so that each gets a host"
         yield Finding("devices", config.devices, legal, ("n_envs",))

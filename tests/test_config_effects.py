@@ -29,6 +29,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "data_dir": ("elsewhere", {"task": "cifar10"}),
     "train_samples": (17, {}),
     "seed": (43, {}),
+    "start_from": ("nowhere", {}),
     "n_envs": (3, {}),
     "max_epochs": (9, {}),
     "batch_size": (8, {}),

@@ -15,6 +15,8 @@ import esper.exported
 from engine import run as whole_run
 from engine import tiny_task
 from esper import keys as k
+from esper.build import build_env
+from esper.config import TrainingConfig
 from esper.export import accuracy, as_module, main, write
 from esper.exported import load_exported
 from esper.growth.executors.loop import LoopExecutor
@@ -288,3 +290,18 @@ def test_the_command_line_exports_the_best_host_of_a_run(tmp_path, capsys):
             assert main([str(tmp_path / run), flag, str(tmp_path / out), *rest]) == 2
             assert message in capsys.readouterr().err
             assert not (tmp_path / "new").exists()
+
+
+def test_a_run_starts_from_an_exported_network_that_fits_its_task(tmp_path):
+    spec = spec_of("cnn")
+    write(tmp_path, *as_module(spec, grown(spec, {}), 0))
+    with pytest.raises(ValueError, match=r"start_from: .* hosts of task digits need \{'in_channels': 1"):
+        build_env(TrainingConfig(task="digits", start_from=str(tmp_path)))
+    fitting = tmp_path / "digits"
+    first = tiny_spec()
+    run = Run(first, n=1)
+    write(fitting, *as_module(first, run.growth, 0, run.shards[0].calibration))
+    env = build_env(TrainingConfig(task="digits", start_from=str(fitting), n_envs=2))
+    env.reset()
+    ours, theirs = env.growth()[0]["host", "params", "base"], run.growth["host", "params"]
+    assert not differing(ours[1], theirs[0])

@@ -28,8 +28,10 @@ from esper.growth.executors.captured import CapturedExecutor
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.governor import GovernorSettings, history_epochs
+from esper.growth.grown import grown_start
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard
+from esper.hosts.base import Host
 from esper.seeds.actions import HEADS
 from esper.seeds.lifecycle import LifecycleRules
 from esper.seeds.slots import ordered_slots
@@ -51,7 +53,7 @@ def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
         max_seeds=config.max_seeds,
     )
     return GrowthSpec(
-        host=task.host(),
+        host=_starting_host(config, task),
         slots=ordered_slots(config.slots),
         blueprints=config.blueprints or task.blueprints,
         rules=rules,
@@ -68,6 +70,22 @@ def build_spec(config: TrainingConfig, task: Task) -> GrowthSpec:
             min_history=history_epochs(max_epochs),
         ),
     )
+
+
+_FITS = ("in_channels", "num_classes", "vocab_size", "block_size")
+
+
+def _starting_host(config: TrainingConfig, task: Task) -> Host:
+    """The task's own host, or a grown one that takes and gives the same."""
+    own = task.host()
+    if config.start_from is None:
+        return own
+    grown = grown_start(config.start_from)
+    wanted = {name: getattr(own, name) for name in _FITS if hasattr(own, name)}
+    given = {name: getattr(grown.base, name) for name in _FITS if hasattr(grown.base, name)}
+    if wanted != given:
+        raise ValueError(f"start_from: {config.start_from!r} has {given}; hosts of task {task.name} need {wanted}")
+    return grown
 
 
 def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device) -> Executor:

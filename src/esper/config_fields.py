@@ -88,6 +88,8 @@ class Fields(BaseModel):
     """Slots of the host in which seeds can grow."""
     blueprints: Annotated[tuple[str, ...], Field(min_length=1, max_length=5), AsTuple] | None = None
     """Seeds that can be planted, in the order of the blueprint head; they have to fit the task's hosts."""
+    start_from: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of an exported network that every host starts as, instead of the task's own host."""
     max_seeds: Annotated[int, Field(ge=1)] | None = None
     """Most seeds a host may hold at a time, fossils included; null for no limit."""
     data_dir: Annotated[str, Field(min_length=1)] = "data"

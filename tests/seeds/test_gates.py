@@ -48,7 +48,13 @@ def test_g1_asks_for_a_germinated_seed(stage):
     assert gates.g1(record(stage=stage)).item() == (stage == Stage.GERMINATED)
 
 
-G2 = {"epochs_in_stage": 3, "gradient_ratio": 0.05, "accuracy_at_stage_start": 40.0, "accuracy_current": 40.5}
+G2 = {
+    "healthy": True,
+    "epochs_in_stage": 3,
+    "gradient_ratio": 0.05,
+    "accuracy_at_stage_start": 40.0,
+    "accuracy_current": 40.5,
+}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,7 @@ G2 = {"epochs_in_stage": 3, "gradient_ratio": 0.05, "accuracy_at_stage_start": 4
         ({"gradient_ratio": 0.05 - EPSILON}, False, False),
         ({"gradient_ratio": 0.05 + EPSILON}, True, True),
         ({"gradient_ratio": math.nan}, False, False),
+        ({"healthy": False}, False, False),
         ({"accuracy_current": 40.5 - EPSILON}, False, True),
         ({"accuracy_current": 40.5 + EPSILON}, True, True),
         ({"accuracy_current": 30.0}, False, True),

@@ -16,11 +16,12 @@ def g1(records: TensorDict) -> Tensor:
 
 
 def g2(records: TensorDict, strict: bool) -> Tensor:
-    """Into BLENDING: old enough in its stage and active enough, by the measured gradient ratio; `strict` also asks that
-    the network improved by half a percentage point during the stage. An unmeasured ratio (nan) does not pass."""
-    passed = (records["epochs_in_stage"] >= stages.MIN_STAGE_EPOCHS) & (
-        records["gradient_ratio"] >= stages.MIN_GRADIENT_RATIO
-    )
+    """Into BLENDING: finite, old enough in its stage and active enough, by the measured gradient ratio; `strict` also
+    asks that the network improved by half a percentage point during the stage. An unmeasured ratio (nan) does not
+    pass."""
+    old_enough = records["epochs_in_stage"] >= stages.MIN_STAGE_EPOCHS
+    active = records["gradient_ratio"] >= stages.MIN_GRADIENT_RATIO
+    passed = records["healthy"] & old_enough & active
     if strict:
         gain = records["accuracy_current"] - records["accuracy_at_stage_start"]
         passed = passed & (gain >= stages.MIN_TRAINING_IMPROVEMENT)

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     CONTROLLER = 11
     MINIBATCH = 12
     FAMILY = 13
+    STATISTICS = 14
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -23,7 +23,7 @@ from esper.checkpoint.store import CheckpointStore, find, forget_after
 from esper.config import TrainingConfig
 from esper.control.policy import RecurrentPolicy
 from esper.engine import Engine, Progress, observer
-from esper.environment.env import GrowthEnv
+from esper.environment.env import GrowthEnv, Observer
 from esper.errors import InputError, RunStopped
 from esper.events import EventLog, Summary
 from esper.growth.plan import make_plan
@@ -69,12 +69,14 @@ def train(
     progress: Progress,
     resume: Path | None = None,
     farewell: Callable[[str], None] | None = None,
+    watch: Observer | None = None,
     **fields: Any,
 ) -> Summary:
     """Run a whole training; `fields` are those of `TrainingConfig`.
 
     `resume` is the checkpoint to go on from, or `run_dir` for its newest sound one; without it `run_dir` must be new or
     empty. With `farewell`, SIGTERM and SIGINT save the run, have it say what became of it, and end the process.
+    `watch` is shown every step of the hosts, after events and progress.
 
     Returns the summary; events and progress get everything on the way. Raises ConfigError for fields that do not fit,
     InputError or ValueError for devices, data or checkpoints that cannot work, all before the first event; RunStopped
@@ -82,7 +84,7 @@ def train(
     """
     config = TrainingConfig(**fields)
     with memory_named(config.n_envs, config.batch_size or get_task(config.task).batch_size):
-        engine = _engine(config, events, progress)
+        engine = _engine(config, events, progress, watch)
         groups = [group.model_dump() for group in engine.groups]
         with run_lock(run_dir), CheckpointStore(run_dir, config.to_dict(), groups) as store:
             if resume is None:
@@ -106,10 +108,17 @@ def train(
             return summary
 
 
-def _engine(config: TrainingConfig, events: EventLog, progress: Progress) -> Engine:
+def _engine(config: TrainingConfig, events: EventLog, progress: Progress, watch: Observer | None) -> Engine:
     env = build_env(config)
     book = RolloutBook(env.spec, env.settings.reward.param_budget, config.param_penalty_weight)
-    env.observer = observer(env, events, progress, book)
+    observe = observer(env, events, progress, book)
+
+    def all_observe(result: TensorDict) -> None:
+        observe(result)
+        if watch is not None:
+            watch(result)
+
+    env.observer = all_observe
     controller = build_controller(config, env)
     learner = build_learner(config, controller) if isinstance(controller, RecurrentPolicy) else None
     collector = BatchFirstCollector(env, controller, rollouts=-(-config.n_episodes // config.n_envs))

@@ -36,6 +36,7 @@ class EnvSettings:
     """Everything about an environment that is not the growth itself.
 
     `host_lr` and `seed_lr` are the hosts' base learning rates; `seed` is the run seed from which every draw derives.
+    Episodes are counted from `first_episode`; hosts of different episodes share nothing but the data.
     """
 
     seed: int
@@ -45,6 +46,7 @@ class EnvSettings:
     observation: ObservationSettings
     tracker: SignalTracker
     reward: RewardSettings
+    first_episode: int = 0
 
 
 class GrowthEnv(EnvBase):
@@ -108,8 +110,8 @@ class GrowthEnv(EnvBase):
 
     @property
     def episode(self) -> int:
-        """Episodes started before the present one; -1 before the first reset."""
-        return -1 if self.state is None else int(self.state["episode"])
+        """The present episode's number; one below the first before the first reset."""
+        return self.settings.first_episode - 1 if self.state is None else int(self.state["episode"])
 
     @property
     def epoch(self) -> int:

@@ -62,6 +62,13 @@ def reset(
     growth = [
         fresh_growth(spec, keys[s.hosts], host_lr[s.hosts], seed_lr[s.hosts], settings.dtype, s.device) for s in shards
     ]
+    return begin(spec, shards, settings, growth)
+
+
+def begin(
+    spec: GrowthSpec, shards: Sequence[Shard], settings: EpochSettings, growth: Sequence[TensorDict]
+) -> tuple[list[TensorDict], TensorDict]:
+    """Hosts that have not trained yet, with their first snapshot, and the metrics of one validation pass."""
     plans = [make_plan(g["slots"], spec) for g in growth]
     scores = evaluate(shards, growth, plans, settings, "validation")
     metrics = _metrics(scores)

@@ -99,7 +99,7 @@ def write_json(path: Path, data: Any) -> None:
 
 class EventLog:
     """Writes a run directory. `level` filters what is written and may be changed at any time; `listeners` are called
-    with every event, written or not.
+    with every event, written or not, `clocks` with every phase and the seconds it took.
 
     The directory and `config.json` appear with the first event, so a run refused before it started leaves nothing.
     """
@@ -109,6 +109,7 @@ class EventLog:
         self.level: Level = level
         self.step = 0
         self.listeners: list[Callable[[Event], None]] = []
+        self.clocks: list[Callable[[str, float], None]] = []
         self._config = dict(config)
         self._events: IO[str] | None = None
         self._timings: IO[str] | None = None
@@ -152,6 +153,8 @@ class EventLog:
 
     def time(self, phase: str, seconds: float, /, **data: Any) -> None:
         """Append one line to `timings.jsonl`: how long a phase took, and what it was about."""
+        for tell in self.clocks:
+            tell(phase, seconds)
         line = {"phase": phase, "seconds": seconds, **data}
         self._open()[1].write(json.dumps(standard(line), allow_nan=False) + "\n")
 

@@ -67,6 +67,7 @@ def run(command: Command, run_dir: Path) -> None:
     from esper.devices import check_devices, describe_groups
     from esper.progress import RunProgress, summary_table
     from esper.run import train
+    from esper.seeds.slots import ordered_slots
 
     config = command.config
     check_devices(config.devices, config.device)
@@ -80,10 +81,11 @@ def run(command: Command, run_dir: Path) -> None:
     console.print(f"{describe_groups(config.n_envs, config.devices)}; policy on {config.device}", highlight=False)
     rollouts = -(-config.n_episodes // config.n_envs)
     max_epochs = config.max_epochs or get_task(config.task).max_epochs
-    progress = RunProgress(console, rollouts, max_epochs, config.n_envs)
+    progress = RunProgress(console, rollouts, max_epochs, config.n_envs, ordered_slots(config.slots))
     tracker = Tracker(config.tracker, run_dir)
     with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events, tracker, progress:
-        events.listeners.append(tracker)
+        events.listeners += [tracker, progress.event]
+        events.clocks.append(progress.phase)
         try:
             summary = train(
                 run_dir=run_dir,

@@ -43,6 +43,7 @@ class StubEngine:
         events.write("run_started", task=fields["task"], controller=fields["controller"])
         if self.error_after is not None:
             raise self.error_after
+        events.time("collect", 2.0, episode=0)
         hosts = range(fields["n_envs"])
         for epoch in (1, 2):
             for host in hosts:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -137,6 +138,18 @@ def test_a_run_leaves_its_directory(tmp_path: Path, engine, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for fragment in ("hosts 0-1 on cpu; policy on cpu", "rollout 1/1", "90.50 %", "3 / 1 / 2", str(run_dir)):
         assert fragment in shown.replace("\n", "") or fragment in shown
+
+
+def test_on_a_terminal_a_run_shows_its_hosts_and_phases(
+    tmp_path: Path, engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--run-dir", str(tmp_path / "run"), "--n-envs", "2", "--slots", "late", "early"]) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert re.search(r"host +40 to 40 % +now +early +late", shown)
+    assert re.search(r"   1  ▄ +40\.0 %  · +·", shown)
+    assert "collect 100 %" in shown
 
 
 def test_without_a_run_dir_a_new_one_is_made_under_runs(

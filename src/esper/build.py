@@ -112,7 +112,7 @@ def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch
     devices, _ = check_devices(config.devices, config.device)
     require_batches(splits, batch_size)
     calibration = None
-    if config.coalition_statistics == "recalibrated" and spec.has_statistics:
+    if spec.coalition_statistics == "recalibrated" and spec.has_statistics:
         calibration = calibration_batch(splits, k.root(config.seed), batch_size)
     shards = []
     for device, group in zip(devices, host_groups(config.n_envs, len(devices)), strict=True):
@@ -129,9 +129,10 @@ def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch
     return shards
 
 
-def build_env(config: TrainingConfig, observer: Observer | None = None) -> GrowthEnv:
-    """The environment of a run. Raises InputError or ValueError for devices, data or sizes that cannot work."""
-    task = get_task(config.task)
+def build_env(config: TrainingConfig, observer: Observer | None = None, task: Task | None = None) -> GrowthEnv:
+    """The environment of a run; `task` stands in for the one that the configuration names. Raises InputError or
+    ValueError for devices, data or sizes that cannot work."""
+    task = task or get_task(config.task)
     spec = build_spec(config, task)
     splits = task.load(k.root(config.seed), Path(config.data_dir))
     if config.train_samples is not None:

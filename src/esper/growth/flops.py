@@ -201,9 +201,10 @@ class Ledger:
         self.training = torch.zeros(n_hosts, dtype=torch.int64)
         self.evaluation = torch.zeros(n_hosts, dtype=torch.int64)
 
-    def reset(self) -> None:
-        """Enter the validation pass with which an episode begins."""
-        self.evaluation += self._costs.evaluation((None,) * len(self._costs.spec.slots))
+    def reset(self, records: TensorDict) -> None:
+        """Enter the validation pass with which an episode begins, by its slot records `[N, S]`."""
+        plan = make_plan(records, self._costs.spec)
+        self.evaluation += torch.tensor([self._costs.evaluation(row) for row in plan])
 
     def add(self, result: TensorDict) -> None:
         """Enter one step of all hosts; `result` is what `GrowthEnv` hands its observer."""

@@ -1,0 +1,83 @@
+"""Does growing pay? `python -m esper.compare --config compare.json --out DIR` runs every arm on the same fresh seeds.
+
+`DIR` gets `compare.json` (everything, the values of every seed too), `compare.md` (the table), `compare.png` and
+`compare.svg`, and the directory of every controller that was trained. Exit codes: 0 done, 2 bad input, 1 stopped on the
+way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper.compare.config import CompareConfig
+from esper.errors import InputError, RunStopped
+from esper.events import is_free, write_json
+
+STOPPED, BAD_INPUT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m esper.compare", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="what is compared (JSON)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; new or empty")
+    given = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "esper.compare", "--config", str(given.config), "--out", str(given.out)])
+    try:
+        config = CompareConfig.from_json_path(given.config)
+        if not is_free(given.out):
+            raise InputError([f'out: "{given.out}": must be new or empty, so that nothing is written over'])
+        compare(config, given.out, command)
+    except InputError as error:
+        print(f"esper.compare: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except RunStopped as error:
+        print(f"esper.compare: stopped: {error}", file=sys.stderr)
+        return STOPPED
+    print(f"table: {given.out / 'compare.md'}")
+    return 0
+
+
+def compare(config: CompareConfig, out: Path, command: str) -> None:
+    """Run a comparison and write its files. Raises InputError for what this machine lacks or a run that does not fit,
+    RunStopped when a controller's training stops."""
+    # Spinning threads that wait for work starve every other process; read once, when torch loads OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from esper import keys as k
+    from esper.checkpoint.store import versions
+    from esper.compare.arms import run_arms
+    from esper.compare.bench import Bench
+    from esper.compare.picture import comparison_picture, save_comparison
+    from esper.compare.table import markdown, summarise
+    from esper.devices import check_devices
+
+    check_devices(config.shared.devices, config.shared.device)
+    bench = Bench(config, out, say=lambda text: print(text, flush=True))
+    try:
+        judge = bench.judge
+    except (ValueError, OSError, ImportError) as error:
+        raise InputError([str(error)]) from error
+    out.mkdir(parents=True, exist_ok=True)
+    run_arms(bench)
+    summary = summarise(bench.rows.values(), k.fold(k.root(config.shared.seed), k.Purpose.STATISTICS))
+    about = {
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions()},
+        "config": config.to_dict(),
+        "training": config.shared.to_dict(),
+        "host_parameters": judge.spec.host_parameters,
+        "arms": summary,
+    }
+    write_json(out / "compare.json", about)
+    (out / "compare.md").write_text(markdown(summary, about), encoding="utf-8")
+    save_comparison(comparison_picture(summary), out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

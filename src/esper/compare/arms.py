@@ -1,0 +1,176 @@
+"""The arms of a comparison, each judged on the same fresh hosts.
+
+What an arm has to choose it chooses on the tuning hosts by the mean objective; the evaluation hosts are played once a
+row, and the test split is read once a row, after that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from esper.build import build_controller, build_env
+from esper.checkpoint.store import find
+from esper.compare.bench import Bench
+from esper.compare.config import (
+    Heuristic,
+    Never,
+    Ppo,
+    RandomLegal,
+    Schedule,
+    StaticEqual,
+    StaticFinal,
+    points_of,
+    ppo_training,
+)
+from esper.compare.play import costs_of
+from esper.compare.widen import widened
+from esper.config import TrainingConfig, read_json
+from esper.control.heuristic import HeuristicSettings, heuristic
+from esper.control.policy import RecurrentPolicy
+from esper.control.scripted import ScriptedPolicy
+from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.errors import InputError
+from esper.events import EventLog
+from esper.growth.flops import FLOPS, TRAINING, Ledger
+from esper.run import train
+from esper.seeds.slots import empty_records
+from esper.tasks import get_task
+
+
+class Quiet:
+    """A progress that shows nothing."""
+
+    def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
+        """Nothing."""
+
+    def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def run_arms(bench: Bench) -> None:
+    """Run every arm of the bench's configuration, in order. Raises InputError where a given run does not fit."""
+    for arm in bench.config.arms:
+        name = arm.rows[0]
+        match arm:
+            case Never():
+                _never(bench, arm, name)
+            case RandomLegal():
+                bench.evaluate(name, ScriptedPolicy(random_legal()))
+            case Heuristic():
+                epochs = bench.judge.spec.rules.max_epochs
+                bench.evaluate(name, ScriptedPolicy(heuristic(HeuristicSettings(epochs))))
+            case Schedule():
+                _schedule(bench, arm, name)
+            case Ppo():
+                _ppo(bench, arm)
+            case StaticFinal():
+                _static_final(bench, arm, name)
+            case StaticEqual():
+                _static_equal(bench, arm, name)
+
+
+def _never(bench: Bench, arm: Never, name: str) -> None:
+    search, scores = 0, {}
+    for rate in arm.host_lrs:
+        outcome = bench.tune(never_grow(), host_lr=rate)
+        scores[rate] = float(bench.objective(outcome).mean())
+        search += outcome.flops
+        bench.say(f"{name}: host_lr {rate:g}: {scores[rate]:.2f} on tuning seeds")
+    if scores:
+        bench.host_lr = max(scores, key=lambda rate: scores[rate])
+    chosen = {"host_lr": bench.host_lr, "tried": scores} if scores else {}
+    bench.evaluate(name, ScriptedPolicy(never_grow()), chosen=chosen, search=search)
+
+
+def _schedule(bench: Bench, arm: Schedule, name: str) -> None:
+    spec, search = bench.judge.spec, 0
+    tried: list[dict[str, Any]] = []
+    points = points_of(arm, bench.config.shared)
+    controllers = [patient_schedule(point, spec.blueprints, spec.rules.max_epochs) for point in points]
+    for point, controller in zip(points, controllers, strict=True):
+        outcome = bench.tune(controller)
+        steps = [step.model_dump(exclude_none=True) for step in point]
+        tried.append({"steps": steps, "objective": float(bench.objective(outcome).mean())})
+        search += outcome.flops
+        bench.say(f"{name}: point {len(tried)} of {len(points)}: {tried[-1]['objective']:.2f} on tuning seeds")
+    best = max(range(len(tried)), key=lambda i: tried[i]["objective"])
+    chosen = {**tried[best], "tried": tried}
+    bench.evaluate(name, ScriptedPolicy(controllers[best]), chosen=chosen, search=search)
+
+
+def _ppo(bench: Bench, arm: Ppo) -> None:
+    search = learning = None
+    if arm.run is None:
+        training = ppo_training(arm, bench.config.shared)
+        if bench.host_lr is not None:
+            training = training.replace(host_lr=bench.host_lr)
+        run_dir = bench.out / (arm.name or arm.kind)
+        ledger = Ledger(costs_of(bench.judge), training.n_envs)
+        rollouts = -(-training.n_episodes // training.n_envs)
+        empty = empty_records(training.n_envs, len(bench.judge.spec.slots))
+        with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
+            train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
+        for _ in range(rollouts):
+            ledger.reset(empty)
+        search = int(ledger.total.sum())
+    else:
+        run_dir = Path(arm.run)
+        training = _given(run_dir, bench.config.shared)
+    policy = build_controller(training, bench.judge)
+    assert isinstance(policy, RecurrentPolicy), "only a learner is trained"
+    _, snapshot = find(run_dir, run_dir)
+    try:
+        policy.load_state_dict(dict(snapshot.parts["learner"]["weights"].items()))
+    except RuntimeError as error:
+        raise InputError([f'run: "{run_dir}": its controller does not fit: {str(error).splitlines()[-1]}']) from error
+    if search is not None:
+        learning = learning_flops(policy, training, bench.judge.spec.rules.max_epochs)
+    for name, greedy in zip(arm.rows, (True, False), strict=True):
+        chosen = {"run": str(run_dir), "checkpoint": snapshot.step}
+        bench.evaluate(name, policy, greedy=greedy, chosen=chosen, search=search, learning=learning)
+
+
+def learning_flops(policy: RecurrentPolicy, training: TrainingConfig, max_epochs: int) -> int:
+    """FLOPs of a controller's own passes over a whole training, at most (an early KL stop saves some): each step is
+    decided once, valued once for what follows and looked at once for diagnostics, and learned from in every update."""
+    macs = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
+    steps = -(-training.n_episodes // training.n_envs) * training.n_envs * max_epochs
+    return FLOPS * macs * steps * (3 + TRAINING * training.ppo_updates_per_batch)
+
+
+def _given(run_dir: Path, shared: TrainingConfig) -> TrainingConfig:
+    """The configuration of a finished run whose controller can be judged here without having seen the hosts' data."""
+    trained = TrainingConfig.from_dict(read_json(run_dir / "config.json"))
+    fields = ["use_telemetry"]
+    if trained.task == shared.task:
+        fields += ["seed", "blueprints"]
+    problems = [
+        f'run: "{run_dir}": was trained with {name} {getattr(trained, name)!r}, the comparison has '
+        f"{getattr(shared, name)!r}; they must be equal"
+        for name in fields
+        if getattr(trained, name) != getattr(shared, name)
+    ]
+    if trained.controller != "ppo":
+        problems.append(f'run: "{run_dir}": has controller {trained.controller!r}; must be ppo')
+    if problems:
+        raise InputError(problems)
+    return trained.replace(device=shared.device)
+
+
+def _static_final(bench: Bench, arm: StaticFinal, name: str) -> None:
+    """Fossils train from the first epoch, even in a comparison that freezes them once they are grown."""
+    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds, freeze_fossils=False))
+    grown = bench.rows[arm.of].records
+    bench.evaluate(name, ScriptedPolicy(never_grow()), env, grown=grown, chosen={"of": arm.of})
+
+
+def _static_equal(bench: Bench, arm: StaticEqual, name: str) -> None:
+    wanted = float(bench.rows[arm.of].parameters.double().mean())
+    task = get_task(bench.config.shared.task)
+    host, width = widened(bench.judge.spec.host, wanted)
+    wide = replace(task, host=lambda: host)
+    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds), task=wide)
+    chosen = {"of": arm.of, "width": width, "wanted_parameters": wanted}
+    bench.evaluate(name, ScriptedPolicy(never_grow()), env, chosen=chosen)

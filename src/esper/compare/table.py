@@ -1,0 +1,91 @@
+"""The table of a comparison: what is reported of every row, as data and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.compare.bench import Row
+from esper.compare.statistics import difference, interval
+
+MEASURES = ("objective", "validation", "test")
+_TITLES = {"objective": "objective", "validation": "validation accuracy", "test": "test accuracy"}
+
+
+def summarise(rows: Iterable[Row], key: Tensor) -> list[dict[str, Any]]:
+    """One entry per row, the first being what the others are compared to: means with intervals, paired differences,
+    mean parameters and FLOPs per seed, FLOPs of the search in all, and the values of every seed."""
+    rows = list(rows)
+    reference = rows[0]
+    return [_entry(row, None if row is reference else reference, key) for row in rows]
+
+
+def _entry(row: Row, reference: Row | None, key: Tensor) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in (*MEASURES, "parameters", "training", "evaluation")}
+    found: dict[str, Any] = {"name": row.name, "chosen": row.chosen}
+    found |= {name: interval(values[name], key)._asdict() for name in MEASURES}
+    if reference is not None:
+        found["difference"] = {
+            name: difference(values[name], getattr(reference, name), key)._asdict() for name in MEASURES
+        }
+    found["parameters"] = float(row.parameters.double().mean())
+    found["flops"] = {name: float(values[name].double().mean()) for name in ("training", "evaluation")}
+    found["search_flops"] = {"hosts": row.search, "controller": row.learning}
+    found["seeds"] = {name: torch.as_tensor(value).tolist() for name, value in values.items()}
+    return found
+
+
+def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    """The table for people; `about` is the rest of the JSON file."""
+    reference = summary[0]["name"]
+    columns = [
+        "arm",
+        *(_TITLES[name] for name in MEASURES),
+        f"objective − {reference}",
+        "p",
+        f"test − {reference}",
+        "p",
+    ]
+    columns += ["parameters", "training FLOPs", "evaluation FLOPs", "search FLOPs"]
+    lines = [
+        f"# {about['config']['training']['task']}: {about['config']['seeds']} paired seeds",
+        f"Mean and 95 % bootstrap interval over seeds, percentage points. FLOPs are per seed; those of the search are "
+        f"for all hosts that were trained to choose or to learn. Made by `{about['command']}`.",
+        "\n".join((_line(columns), _line(["---"] * len(columns)), *(_line(_cells(entry)) for entry in summary))),
+    ]
+    chosen = [f"- {entry['name']}: `{json.dumps(_decided(entry['chosen']))}`" for entry in summary if entry["chosen"]]
+    if chosen:
+        lines += ["Chosen on the tuning seeds, or given:", "\n".join(chosen)]
+    return "\n\n".join(lines) + "\n"
+
+
+def _decided(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in chosen.items() if name != "tried"}
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    cells = [entry["name"], *(_interval(entry[name]) for name in MEASURES)]
+    for name in ("objective", "test"):
+        gap = entry["difference"][name] if "difference" in entry else None
+        cells += ["", ""] if gap is None else [_interval(gap, sign="+"), f"{gap['p']:.3g}"]
+    search = entry["search_flops"]
+    passes = "" if not search["controller"] else f" + {search['controller']:.3g} controller"
+    return [
+        *cells,
+        f"{entry['parameters']:.0f}",
+        f"{entry['flops']['training']:.3g}",
+        f"{entry['flops']['evaluation']:.3g}",
+        "not known" if search["hosts"] is None else f"{search['hosts']:.3g}{passes}",
+    ]
+
+
+def _interval(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['mean']:{sign}.2f} ({value['low']:{sign}.2f} to {value['high']:{sign}.2f})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,267 @@
+"""A whole comparison on few samples, and what makes it fair: the same hosts for every arm, none of them seen before."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import run, tiny_config, tiny_task
+from esper import keys as k
+from esper.build import build_controller, build_env
+from esper.checkpoint.store import find
+from esper.compare import arms, bench
+from esper.compare.__main__ import main
+from esper.compare.bench import Bench
+from esper.compare.config import CompareConfig
+from esper.compare.play import Role, accuracy_on_test, costs_of, play
+from esper.compare.widen import size, widened
+from esper.config import ConfigError
+from esper.control.policy import RecurrentPolicy
+from esper.control.scripted import ScriptedPolicy
+from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.errors import InputError
+from esper.growth.flops import FLOPS, TRAINING
+from esper.growth.plan import Mode, SlotPlan
+from esper.hosts.cnn import CNNHost
+from esper.hosts.transformer import TransformerHost
+from esper.keys import Purpose
+from esper.seeds.stages import Stage
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs" / "compare" / "smoke.json"
+ROWS = ["never", "random", "heuristic", "schedule", "ppo-greedy", "ppo-sampled", "static-final", "static-equal"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
+    """The smoke comparison, and how often each environment's test split was read."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    reads: Counter[str] = Counter()
+
+    def counted(env):
+        reads[f"{id(env)}"] += 1
+        return accuracy_on_test(env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "accuracy_on_test", counted)
+        assert main(["--config", str(SMOKE), "--out", str(out)]) == 0
+    return out, reads
+
+
+@pytest.fixture(scope="module")
+def found(smoke: tuple[Path, Counter[str]]) -> dict[str, Any]:
+    return json.loads((smoke[0] / "compare.json").read_text())
+
+
+def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in found["arms"]}
+
+
+def test_every_arm_has_its_row(smoke, found) -> None:
+    out, reads = smoke
+    assert [entry["name"] for entry in found["arms"]] == ROWS
+    assert sum(reads.values()) == len(ROWS)
+    for entry in found["arms"]:
+        assert all(len(values) == 2 for values in entry["seeds"].values())
+        for name in ("objective", "validation", "test"):
+            assert entry[name]["low"] <= entry[name]["mean"] <= entry[name]["high"]
+            assert entry[name]["mean"] == pytest.approx(sum(entry["seeds"][name]) / 2)
+    table = [line for line in (out / "compare.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == ROWS
+    for name in ("compare.png", "compare.svg"):
+        assert (out / name).stat().st_size > 0
+    assert f"--config {SMOKE}" in found["command"]
+    assert {"python", "torch", "esper"} <= found["versions"].keys()
+    assert CompareConfig.from_dict(found["config"]) == CompareConfig.from_json_path(SMOKE)
+
+
+def test_differences_are_paired_with_never(found) -> None:
+    rows = by_name(found)
+    assert "difference" not in rows["never"]
+    for name in ROWS[1:]:
+        gaps = [a - b for a, b in zip(rows[name]["seeds"]["test"], rows["never"]["seeds"]["test"], strict=True)]
+        assert rows[name]["difference"]["test"]["mean"] == pytest.approx(sum(gaps) / 2)
+
+
+def test_the_objective_prices_whatever_is_beyond_the_plain_host(found) -> None:
+    host = found["host_parameters"]
+    for entry in found["arms"]:
+        seeds = entry["seeds"]
+        for value, accuracy, size_ in zip(seeds["objective"], seeds["validation"], seeds["parameters"], strict=True):
+            assert value == pytest.approx(accuracy - 0.1 * 100 * (size_ - host) / (4 * host), abs=1e-4)
+    assert by_name(found)["static-equal"]["parameters"] > host
+
+
+def test_what_was_chosen_is_the_best_of_what_was_tried(found) -> None:
+    rows = by_name(found)
+    rates = rows["never"]["chosen"]
+    assert rates["tried"][str(rates["host_lr"])] == max(rates["tried"].values())
+    schedule = rows["schedule"]["chosen"]
+    assert len(schedule["tried"]) == 2
+    assert schedule["objective"] == max(point["objective"] for point in schedule["tried"])
+
+
+def test_operations_of_the_search_are_reported_apart(found) -> None:
+    rows = by_name(found)
+    for name in ("random", "heuristic", "static-final"):
+        assert rows[name]["search_flops"] == {"hosts": 0, "controller": 0}
+    never = rows["never"]["flops"]
+    # Two rates, on two tuning hosts each, cost what two evaluation hosts cost, twice.
+    assert rows["never"]["search_flops"]["hosts"] == 2 * 2 * (never["training"] + never["evaluation"])
+    ppo = rows["ppo-greedy"]["search_flops"]
+    assert ppo["hosts"] >= 4 * (never["training"] + never["evaluation"])
+    assert ppo["controller"] > 0
+
+
+def test_the_final_architecture_is_that_of_the_row_it_names(found) -> None:
+    rows = by_name(found)
+    grown = rows["schedule"]["seeds"]["parameters"]
+    assert min(grown) > found["host_parameters"]
+    assert rows["static-final"]["seeds"]["parameters"] == grown
+    assert rows["static-equal"]["parameters"] >= sum(grown) / 2
+
+
+def host_keys(role: int, episodes: int = 1, n: int = 50) -> set[int]:
+    root = k.fold(k.root(7), Purpose.EPISODE)
+    return {int(key) for e in range(episodes) for key in k.host_keys(k.fold(root, role + e), n)}
+
+
+def test_roles_never_share_a_host() -> None:
+    groups = [host_keys(Role.TRAINING, 40), host_keys(Role.TUNING), host_keys(Role.EVALUATION)]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+    assert Role.TRAINING + 10**9 <= Role.TUNING < Role.EVALUATION
+
+
+def test_an_environment_plays_the_hosts_of_a_role_again_and_again() -> None:
+    with tiny_task():
+        env = build_env(tiny_config(seed=7, n_envs=3, max_epochs=3))
+        first = play(env, ScriptedPolicy(never_grow()), Role.EVALUATION)
+        seen = {int(key) for key in env.finished_growth()[0]["key"]}
+        assert seen == {int(key) for key in k.host_keys(k.fold(k.root(7), Purpose.EPISODE, Role.EVALUATION), 3)}
+        tuning = play(env, ScriptedPolicy(random_legal()), Role.TUNING)
+        again = play(env, ScriptedPolicy(never_grow()), Role.EVALUATION)
+        faster = play(env, ScriptedPolicy(never_grow()), Role.EVALUATION, host_lr=0.01)
+    assert torch.equal(first.accuracy, again.accuracy)
+    assert first.flops == again.flops < tuning.flops
+    assert not torch.equal(first.accuracy, faster.accuracy)
+
+
+def test_a_grown_architecture_trains_from_the_first_epoch() -> None:
+    with tiny_task():
+        env = build_env(tiny_config(n_envs=2, max_epochs=4, incubation="none", blueprints=["conv_light", "norm"]))
+        steps = CompareConfig.from_dict(comparison(points=True)).arms[1].points[0]
+        grown = play(env, ScriptedPolicy(patient_schedule(steps, env.spec.blueprints, 4)), Role.EVALUATION)
+        static = play(env, ScriptedPolicy(never_grow()), Role.EVALUATION, grown=grown.records)
+        mid = env.spec.slots.index("mid")
+        assert (static.records["stage"][:, mid] == Stage.FOSSILIZED).all()
+        assert torch.equal(static.parameters, grown.parameters)
+        cost = costs_of(env)
+        entry = SlotPlan("conv_light", Mode.BLEND)
+        assert static.training.tolist() == [4 * cost.training((None, entry, None))] * 2
+        assert static.evaluation.tolist() == [5 * cost.evaluation((None, entry, None))] * 2
+        assert static.training[0] == 4 * FLOPS * TRAINING * cost.forward((None, entry, None)) * 32
+        assert accuracy_on_test(env).shape == (2,)
+
+
+def test_a_wider_host_has_at_least_the_parameters_asked_for() -> None:
+    for host, name in ((CNNHost(1, 10, 2), "base_channels"), (TransformerHost(16, 12, 6, 3, 8), "n_embd")):
+        assert widened(host, size(host)) == (host, getattr(host, name))
+        wide, width = widened(host, size(host) + 1)
+        assert width == getattr(wide, name) > getattr(host, name)
+        assert size(wide) > size(host)
+    with pytest.raises(InputError, match="only a CNNHost"):
+        widened(object(), 1)  # type: ignore[arg-type]
+
+
+def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
+    training = {"task": "digits", "slots": ["early", "mid", "late"], "max_epochs": 4}
+    steps = [{"epoch": 0, "op": "germinate", "slot": "mid", "blueprint": "conv_light"}]
+    more = [{"kind": "schedule", "points": [steps]}] if points else []
+    return {"training": training, "seeds": 2, "arms": [{"kind": "never"}, *more], **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 1}, "seeds: 1"),
+        ({"speed": 1}, "speed: 1"),
+        ({"training": {"task": "digits", "n_envs": 4}}, "training.n_envs: 4: is decided by the arms"),
+        ({"training": {"task": "nothing"}}, 'training.task: "nothing"'),
+        ({"arms": [{"kind": "random"}]}, "never must come first"),
+        ({"arms": [{"kind": "never"}, {"kind": "never", "name": "x"}]}, "never must come first"),
+        ({"arms": [{"kind": "never"}, {"kind": "random", "name": "never"}]}, "is taken by an arm before it"),
+        ({"arms": [{"kind": "never"}, {"kind": "static-final", "of": "ppo"}]}, "must be a row before it: never"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule"}]}, "points or grid is needed"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"epochs": [4]}}]}, "epoch 4: must be at most 3"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"blueprints": ["x"]}}]}, "blueprint 'x'"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"seed": 1}}]}, r"learning.seed: 1: must be one of"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"lr": -1.0}}]}, r"learning.lr: -1.0: must be"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "run": "r", "learning": {"lr": 0.1}}]}, "means nothing"),
+    ],
+)
+def test_a_configuration_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        CompareConfig.from_dict(comparison(**changes))
+
+
+def test_a_grid_has_a_point_for_every_combination() -> None:
+    config = CompareConfig.from_dict(
+        comparison(arms=[{"kind": "never"}, {"kind": "schedule", "grid": {"epochs": [0, 1], "blends": ["gated"]}}])
+    )
+    points = arms.points_of(config.arms[1], config.shared)
+    assert len(points) == 5 * 3 * 2
+    assert len(set(points)) == len(points)
+    assert {tuple(step.op for step in point) for point in points} == {("germinate", "fossilize")}
+
+
+def test_the_command_line_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps(comparison(seeds=1)))
+    assert main(["--config", str(tmp_path / "bad.json"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["--config", str(SMOKE), "--out", str(tmp_path)]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_controller_of_a_given_run_is_the_one_it_ended_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[RecurrentPolicy] = []
+
+    def build(*given: Any) -> RecurrentPolicy:
+        policy = build_controller(*given)
+        assert isinstance(policy, RecurrentPolicy)
+        played.append(policy)
+        return policy
+
+    monkeypatch.setattr(arms, "build_controller", build)
+    with tiny_task():
+        run(tmp_path / "run", n_episodes=4, max_epochs=3)
+        shared = tiny_config(max_epochs=3).to_dict()
+        training = {name: shared[name] for name in ("task", "slots", "max_epochs", "gates", "seed")}
+        given = {"kind": "ppo", "run": str(tmp_path / "run")}
+        lines: list[str] = []
+
+        def judged(**fields: Any) -> Bench:
+            config = CompareConfig.from_dict(
+                comparison(training={**training, **fields}, arms=[{"kind": "never"}, given])
+            )
+            judged = Bench(config, tmp_path / "out", lines.append)
+            arms.run_arms(judged)
+            return judged
+
+        rows = judged().rows
+        _, snapshot = find(tmp_path / "run", tmp_path / "run")
+        weights = snapshot.parts["learner"]["weights"]
+        assert set(weights.keys()) == played[0].state_dict().keys()
+        assert all(torch.equal(weights[name], value) for name, value in played[0].state_dict().items())
+        assert played[0].statistics["count"].max() > 0
+        assert rows["ppo-greedy"].search is None
+        assert rows["ppo-greedy"].chosen["checkpoint"] == 3
+        assert len(lines) == 3
+        with pytest.raises(InputError, match="seed 42, the comparison has 1"):
+            judged(seed=1)

@@ -110,14 +110,15 @@ def play(
         ones = torch.ones_like(share)
         gradients = TensorDict({"norm": ones, "ratio": ones, "health": ones}, [n_hosts, 3])
         lived = record_epoch(acted, accuracy, measured, ones, gradients, ones.bool())
-        after, auto = tick(lived, RULES)
+        last = epoch == RULES.max_epochs - 1
+        after, auto = (lived, torch.zeros_like(lived["healthy"])) if last else tick(lived, RULES)
         wound = wound + torch.where(auto, lived["alpha"] * _of(removal, lived), 0).sum(1)
         loss = 2.3 * (1 - accuracy / 100)
         metrics = TensorDict(dict(zip(_METRICS, (loss, loss, accuracy, accuracy), strict=True)), [n_hosts])
         tracker = SignalTracker().update(tracker, metrics)
         result = TensorDict({"before": records, "lived": lived, "after": after, "outcome": outcome}, [n_hosts])
         result["tracker"], result["panic"] = tracker, torch.zeros(n_hosts, dtype=torch.bool)
-        total = total + reward(result, settings, terminal=epoch == RULES.max_epochs - 1)["total"]
+        total = total + reward(result, settings, terminal=last)["total"]
         records = after
         results.append(result)
     extra = records["parameters"].sum(1)

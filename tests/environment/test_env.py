@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from engine import tiny_config, tiny_task
 from esper.build import build_env
+from esper.growth.plan import make_plan
+from esper.growth.step import evaluate
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
 
@@ -78,3 +81,21 @@ def test_the_last_step_truncates_and_a_new_episode_has_new_hosts() -> None:
     env.reset()
     assert env.episode == 1
     assert not bool((env.growth()[0]["key"] == before).any())
+
+
+@pytest.mark.parametrize("planted", [0, 3])
+def test_what_was_measured_last_is_what_is_left_behind(planted: int) -> None:
+    """A seed whose probation would end with the episode keeps its place, its price and its share of the accuracy."""
+    env = build_env(tiny_config(n_envs=2, max_epochs=13))
+    seen: list[TensorDict] = []
+    env.observer = seen.append
+    env.reset()
+    for epoch in range(13):
+        step(env, [2, 0, 0, Op.GERMINATE if epoch == planted else Op.WAIT])
+    growth = env.finished_growth()
+    plans = [make_plan(g["slots"], env.spec) for g in growth]
+    scores = evaluate(env.shards, growth, plans, env.epochs, "validation")
+    accuracy = 100.0 * scores["correct"][:, -1] / scores["seen"]
+    assert torch.equal(accuracy.float(), seen[-1]["metrics", "val_accuracy"])
+    assert torch.equal(growth[0]["slots", "parameters"], seen[-1]["lived", "parameters"])
+    assert bool((growth[0]["slots", "parameters"] > 0).any())

@@ -140,7 +140,9 @@ def test_indecision_is_linear_and_capped():
     for epochs in range(6):
         result = make_result(make_records({**PROBATION, "epochs_in_stage": epochs}))
         charges.append(component("indecision", result))
-    assert charges == pytest.approx([0.0, 0.0, -0.1, -0.2, -0.3, -0.3])
+    assert charges == pytest.approx([0.0, 0.0, -0.1, -0.1, -0.1, 0.0])
+    elsewhere = make_result(make_records({**PROBATION, "epochs_in_stage": 3}, {}), op=Op.GERMINATE, slot=1)
+    assert component("indecision", elsewhere) == pytest.approx(-0.1), "doing something else is no decision"
     undecided = make_records({**PROBATION, "contribution": 0.5})
     assert component("indecision", make_result(undecided)) == 0.0
     assert component("indecision", make_result(make_records(PROBATION), op=Op.FOSSILIZE, slot=0)) == 0.0

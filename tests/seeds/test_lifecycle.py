@@ -9,7 +9,7 @@ from tensordict import TensorDict
 
 from esper.seeds import blending, gates, stages
 from esper.seeds.actions import Op
-from esper.seeds.lifecycle import LifecycleRules, apply_action, put, record_epoch, seed_parameters, tick
+from esper.seeds.lifecycle import LifecycleRules, apply_action, record_epoch, seed_parameters, tick
 from esper.seeds.slots import empty_records
 from esper.seeds.stages import BLENDS, TRANSITIONS, Stage
 from tiny import differing
@@ -269,20 +269,3 @@ def test_what_no_run_offers_is_refused_and_changes_nothing():
         assert not outcome["success"].item()
         assert (records["stage"] == Stage.DORMANT).all()
         assert (records["planted"] == 0).all()
-
-
-def test_inactive_hosts_neither_act_nor_age():
-    active = torch.tensor([True, False])
-    records = empty_records(2, 3)
-    action = torch.tensor([[0, 0, 0, Op.GERMINATE]] * 2)
-    records, outcome = apply_action(records, action, RULES, TABLE, torch.zeros(2), active)
-    assert outcome["germinated"][:, 0].tolist() == [True, False]
-    ready = put(
-        records,
-        torch.ones(2, 3, dtype=torch.bool),
-        stage=Stage.PROBATIONARY,
-        contribution=-1.0,
-    )
-    after, culled = tick(ready, RULES, active)
-    assert culled[:, 0].tolist() == [True, False]
-    assert (after["stage"][1] == Stage.PROBATIONARY).all()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from esper.environment.potentials import credited, stage_potential
 from esper.seeds import gates
-from esper.seeds.actions import Op
 from esper.seeds.stages import CULLABLE, MIN_FOSSILIZE_CONTRIBUTION, Stage, probation_epochs
 
 COMPONENTS = (
@@ -56,9 +55,10 @@ class RewardSettings:
     """Which reward, and its prices in units of reward. `gamma` is the discount that PPO uses.
 
     The defaults keep everything but the objective small against it: over an episode, the rent, the warnings and the
-    bonuses of a seed come to some tenths of a percentage point each. Amounts that recur every epoch are per episode,
-    so they do not depend on its length. Raises ValueError for a family or mode that does not exist, for a mode the
-    loss family does not have, and for a loss family without its constants.
+    bonuses of a seed come to some tenths of a percentage point each, and leaving it undecided costs at most three
+    points in all. Amounts that recur every epoch are per episode, so they do not depend on its length. Raises
+    ValueError for a family or mode that does not exist, for a mode the loss family does not have, and for a loss
+    family without its constants.
     """
 
     gamma: float
@@ -135,7 +135,7 @@ def contribution_reward(result: TensorDict, settings: RewardSettings, *, termina
     - `harm`: a negative contribution, every epoch it is measured. Removing the seed ends the charge and returns
       nothing.
     - `blending_warning`: accuracy has fallen since the seed came and it is being blended in.
-    - `indecision`: waiting while a seed could have been fossilised.
+    - `indecision`: leaving a seed that could have been fossilised, linear and capped for each seed.
     - `rent`: every epoch of every seed's parameters, so of two ways to the same network the later, cheaper one is
       better.
     - `action`: the price of acting, of asking for the impossible and of culling a good seed, a bonus for fossilising
@@ -158,7 +158,8 @@ def contribution_reward(result: TensorDict, settings: RewardSettings, *, termina
         "panic": -settings.panic * result["panic"].float(),
     }
     if terminal:
-        worth = torch.where(lived["stage"] == Stage.FOSSILIZED, _points(lived), 0.0)
+        after = result["after"]
+        worth = torch.where(after["stage"] == Stage.FOSSILIZED, _points(after), 0.0)
         worth = torch.where(worth >= MIN_FOSSILIZE_CONTRIBUTION, worth / _MAX_POINTS, 0.0)
         parts["fossils"] = settings.fossil_bonus * worth.sum(dim=1)
     return _sum_up(parts, result)
@@ -200,6 +201,8 @@ def compute_loss_reward(result: TensorDict, settings: RewardSettings, *, termina
     if terminal:
         way = (loss.baseline - tracker["val_loss"]) / (loss.baseline - loss.target)
         paid = paid + way.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    # The loss on record after a rollback is that of a network the host no longer is.
+    paid = torch.where(result["panic"], 0.0, paid)
     grace = max(_GRACE_EPOCHS, settings.max_epochs // 10)
     grown = (lived["age"] >= grace) | (lived["stage"] == Stage.FOSSILIZED)
     settled = torch.where(grown, lived["parameters"], 0)
@@ -258,9 +261,12 @@ def _warning(lived: TensorDict) -> Tensor:
 
 
 def _indecision(before: TensorDict, outcome: TensorDict, settings: RewardSettings) -> Tensor:
-    waited = gates.may_fossilize(before) & (outcome["op"] == Op.WAIT)[:, None] & (before["epochs_in_stage"] >= 2)
-    charge = (settings.indecision * (before["epochs_in_stage"] - 1)).clamp(max=settings.max_indecision)
-    return torch.where(waited, charge, 0.0).sum(dim=1)
+    """Rises by `indecision` with every epoch after the first that a seed is left undecided, up to `max_indecision` in
+    all, whatever else is done instead."""
+    left = gates.may_fossilize(before) & ~outcome["fossilized"]
+    waited = (before["epochs_in_stage"] - 1).clamp(min=0)
+    so_far, before_that = ((settings.indecision * n).clamp(max=settings.max_indecision) for n in (waited, waited - 1))
+    return torch.where(left & (waited > 0), so_far - before_that, 0.0).sum(dim=1)
 
 
 def _rent(parameters: Tensor, weight: float, most: float, host_parameters: int) -> Tensor:

@@ -36,6 +36,11 @@ class SlotPlan:
     gated: bool = False
     frozen: bool = False
 
+    @property
+    def uses_gate(self) -> bool:
+        """Whether the seed's gate takes part; a straight-through seed has no alpha to scale."""
+        return self.gated and self.mode is not Mode.STRAIGHT_THROUGH
+
 
 HostPlan = tuple[SlotPlan | None, ...]
 """One entry per slot; None is a bypass: the slot is not computed at all."""

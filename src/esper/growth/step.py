@@ -90,7 +90,8 @@ def run_epoch(
     accuracy: Tensor,
     epoch: int,
 ) -> tuple[list[TensorDict], TensorDict]:
-    """One environment step of all hosts.
+    """One environment step of all hosts. After the last epoch nothing moves on by itself: the networks that were
+    measured are the ones that are left behind.
 
     Args:
         growth: one growth state per shard.
@@ -132,7 +133,10 @@ def run_epoch(
         )
         g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
         g, stands, report = govern(g, spec.slots, metrics[rows], spec.governor)
-        after, auto_culled = tick(g["slots"].cpu(), spec.rules)
+        after = g["slots"].cpu()
+        auto_culled = torch.zeros_like(after["healthy"])
+        if epoch + 1 < spec.rules.max_epochs:
+            after, auto_culled = tick(after, spec.rules)
         outcome["auto_culled"] = auto_culled
         removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
         done.append(changed(g, slots=after.to(shard.device), seeds=removed))

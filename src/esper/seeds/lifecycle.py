@@ -96,7 +96,6 @@ def apply_action(
     rules: LifecycleRules,
     parameters: Tensor,
     accuracy: Tensor,
-    active: Tensor | None = None,
 ) -> tuple[TensorDict, TensorDict]:
     """Carry out one action per host.
 
@@ -106,7 +105,6 @@ def apply_action(
         rules: the run's rules.
         parameters: int64 `[S, blueprints, blends]`, trainable parameters of each possible seed.
         accuracy: `[N]` last validation accuracy, percentage points.
-        active: bool `[N]`, hosts whose action counts (default: all).
 
     Returns:
         The new records and the outcome, a TensorDict `[N]` with `op`, `slot`, `success` and the bool masks `[N, S]`
@@ -114,8 +112,6 @@ def apply_action(
     """
     n_slots = records.batch_size[1]
     op, slot = action[:, OP], action[:, SLOT]
-    if active is not None:
-        op = torch.where(active, op, torch.full_like(op, Op.WAIT))
     target = torch.arange(n_slots, device=slot.device) == slot[:, None]
 
     def chosen(kind: Op, possible: Tensor) -> Tensor:
@@ -207,7 +203,7 @@ def record_epoch(
     )
 
 
-def tick(records: TensorDict, rules: LifecycleRules, active: Tensor | None = None) -> tuple[TensorDict, Tensor]:
+def tick(records: TensorDict, rules: LifecycleRules) -> tuple[TensorDict, Tensor]:
     """The mechanical clock, once per epoch after validation. Never fossilises.
 
     TRAINING moves on after its dwell through G2; BLENDING climbs its ramp and then leaves through G3, retrying every
@@ -218,12 +214,10 @@ def tick(records: TensorDict, rules: LifecycleRules, active: Tensor | None = Non
     """
     before = records
     stage, in_stage = before["stage"], before["epochs_in_stage"]
-    on = torch.ones_like(stage, dtype=torch.bool) if active is None else active[:, None].expand_as(stage)
-
     ready = (stage == Stage.TRAINING) & (in_stage >= rules.dwell) & gates.g2(before, rules.strict_gates)
-    records = _start_blending(records, on & ready, rules)
+    records = _start_blending(records, ready, rules)
 
-    blending_now = on & (stage == Stage.BLENDING)
+    blending_now = stage == Stage.BLENDING
     ramp_done = before["ramp_step"] >= rules.blending_epochs
     step = before["ramp_step"] + 1
     records = put(
@@ -235,19 +229,19 @@ def tick(records: TensorDict, rules: LifecycleRules, active: Tensor | None = Non
     done = blending_now & ramp_done & gates.g3(before)
     records = put(_enter(records, done, Stage.PROBATIONARY), done, alpha=1.0)
 
-    probation = on & (stage == Stage.PROBATIONARY)
+    probation = stage == Stage.PROBATIONARY
     culled = probation & ((before["contribution"] <= 0.0) | (in_stage >= rules.probation))
     records = _cull(records, culled)
-    return _walk_tail(records, on, rules.embargo_epochs), culled
+    return _walk_tail(records, rules.embargo_epochs), culled
 
 
-def _walk_tail(records: TensorDict, on: Tensor, embargo_epochs: int) -> TensorDict:
-    """CULLED -> EMBARGOED -> RESETTING -> DORMANT, one slot staying in EMBARGOED for `embargo_epochs` steps."""
-    fresh = on & (records["stage"] == Stage.CULLED)
-    waiting = on & (records["stage"] == Stage.EMBARGOED)
+def _walk_tail(records: TensorDict, embargo_epochs: int) -> TensorDict:
+    """CULLED -> EMBARGOED, where a slot stays for `embargo_epochs` steps, then through RESETTING, which takes no time,
+    to DORMANT."""
+    fresh, waiting = records["stage"] == Stage.CULLED, records["stage"] == Stage.EMBARGOED
     records = put(_enter(records, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
     records = put(records, waiting, embargo=records["embargo"] - 1)
-    return clear(records, on & (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
+    return clear(records, (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
 
 
 def seed_parameters(

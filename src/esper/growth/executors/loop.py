@@ -29,7 +29,7 @@ from esper.growth.forward import (
     shadow_loss,
     tensor_norms,
 )
-from esper.growth.plan import HostPlan, Plan, SlotPlan, live_slots
+from esper.growth.plan import HostPlan, Mode, Plan, SlotPlan, live_slots
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
@@ -227,25 +227,17 @@ def _train_host(
     host.losses.append(loss.detach())
     host.correct.append(correct(logits, y).sum())
     host.seen += y.numel()
-    overflow = False
-    if host.scale:
-        grads = precision.unscale(grads, host.scale[0])
-        ok = precision.all_finite(grads, 0)
-        host.scale = list(precision.adapt(host.scale[0], host.scale[1], ok))
-        overflow = not bool(ok)
-        grads = precision.keep(ok, grads, [torch.zeros_like(g) for g in grads])
     host_grads, *seed_grads = by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
     with torch.no_grad():
+        ok, fine = True, [True] * len(learning)
+        if host.scale:
+            host_grads, seed_grads, ok, fine = _checked(host, learning, host_grads, seed_grads)
         if measure:
             host.norm = tensor_norms(host_grads)
             host.seed_norms = dict(zip(learning, map(tensor_norms, seed_grads), strict=True))
-        if overflow:
-            return
-        params, host.moments = optim.sgd(
-            host_leaves, host_grads, host.moments, lr, momentum=spec.momentum, weight_decay=spec.host_weight_decay
-        )
-        host.params = like(host.params, (p.requires_grad_() for p in params))
-        for j, group, group_grads in zip(learning, seed_leaves, seed_grads, strict=True):
+        for j, group, group_grads, good in zip(learning, seed_leaves, seed_grads, fine, strict=True):
+            if not good:
+                continue
             params, host.seed_moments[j] = optim.sgd(
                 group,
                 group_grads,
@@ -255,7 +247,37 @@ def _train_host(
                 weight_decay=spec.seed_weight_decay,
             )
             host.seeds[j] = like(host.seeds[j], (p.requires_grad_() for p in params))
+        if not ok:
+            return
+        params, host.moments = optim.sgd(
+            host_leaves, host_grads, host.moments, lr, momentum=spec.momentum, weight_decay=spec.host_weight_decay
+        )
+        host.params = like(host.params, (p.requires_grad_() for p in params))
     host.statistics = statistics
+
+
+def _checked(
+    host: _Training, learning: list[int], host_grads: list[Tensor], seed_grads: list[list[Tensor]]
+) -> tuple[list[Tensor], list[list[Tensor]], bool, list[bool]]:
+    """Unscaled gradients, zero where a step is skipped; whether the host steps and whether each seed does.
+
+    An incubating seed reaches nobody, so its overflow is its own; host and blended seeds share theirs and the scale.
+    """
+    host_grads, *seed_grads = (precision.unscale(group, host.scale[0]) for group in (host_grads, *seed_grads))
+    shared = [g for j, group in zip(learning, seed_grads, strict=True) if _blends(host.plan[j]) for g in group]
+    finite = precision.all_finite([*host_grads, *shared], 0)
+    host.scale = list(precision.adapt(host.scale[0], host.scale[1], finite))
+    ok = bool(finite)
+    fine = [ok and bool(precision.all_finite(group, 0)) for group in seed_grads]
+
+    def kept(group: list[Tensor], good: bool) -> list[Tensor]:
+        return group if good else [torch.zeros_like(g) for g in group]
+
+    return kept(host_grads, ok), [kept(g, good) for g, good in zip(seed_grads, fine, strict=True)], ok, fine
+
+
+def _blends(entry: SlotPlan | None) -> bool:
+    return entry is not None and entry.mode is Mode.BLEND
 
 
 def _learning(plan: HostPlan) -> list[int]:
@@ -303,7 +325,7 @@ def _measurements(carry: list[_Training]) -> TensorDict:
             result["host_norm"][i] = c.norm.norm()
         for j, norms in c.seed_norms.items():
             result["seed_norm"][i, j] = norms.norm()
-            result["seed_health"][i, j] = base.gradient_health(
-                (norms < base.VANISHING_NORM).double().mean(), (norms > base.EXPLODING_NORM).double().mean()
-            )
+            entry = c.plan[j]
+            if entry is not None:
+                result["seed_health"][i, j] = base.gradient_health(norms, c.seeds[j], entry)
     return result

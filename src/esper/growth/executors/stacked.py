@@ -126,9 +126,12 @@ class StackedExecutor:
                 scale = carry.scale["loss_scale"]
                 grads = [precision.unscale([g], s)[0] for g, s in zip(grads, _each(scale, rows), strict=True)]
                 ok = precision.all_finite(grads[:1], 1)
-                for r, g in zip(rows, grads[1:], strict=True):
-                    ok = ok.index_copy(0, r, ok[r] & precision.all_finite([g], 1))
-                good = _each(ok, rows)
+                own = [precision.all_finite([g], 1) for g in grads[1:]]
+                # An incubating seed reaches nobody, so its overflow is its own; everybody shares the host's.
+                for (_, entry), r, fine in zip(learning, rows, own, strict=True):
+                    if entry.mode is Mode.BLEND:
+                        ok = ok.index_copy(0, r, ok[r] & fine)
+                good = [ok, *(ok[r] & fine for r, fine in zip(rows, own, strict=True))]
                 grads = [precision.keep(o, [g], [torch.zeros_like(g)])[0] for o, g in zip(good, grads, strict=True)]
             if measure:
                 norms = [stacked_norms(carry.layout.pieces(grads[0]))]
@@ -268,9 +271,8 @@ class StackedExecutor:
                 continue
             rows, j = carry.members[address].cpu(), address[0]
             result["seed_norm"][rows, j] = norms.norm(dim=0)
-            result["seed_health"][rows, j] = base.gradient_health(
-                (norms < base.VANISHING_NORM).double().mean(0), (norms > base.EXPLODING_NORM).double().mean(0)
-            )
+            seed = carry.layouts[address].tree
+            result["seed_health"][rows, j] = base.gradient_health(norms, seed, address[1])
         return result
 
 

@@ -19,11 +19,15 @@ from esper.errors import ConfigError
 
 __all__ = ["PRESETS", "ConfigError", "ScheduleStep", "TrainingConfig", "preset", "read_json"]
 
+_ALL_SLOTS = ["early", "mid", "late"]
+_QUICK = {"lr": 1e-3, "ppo_updates_per_batch": 8, "entropy_coef": 0.01}
+"""A controller that learns within tens of rollouts (`docs/learning.md`)."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"task": "digits", "slots": ["early", "mid", "late"], "n_envs": 8, "n_episodes": 400},
-    "synthetic": {"task": "synthetic", "slots": ["early", "mid", "late"]},
-    "mnist": {"task": "mnist", "slots": ["early", "mid", "late"], "n_envs": 8, "n_episodes": 400},
-    "pydocs": {"task": "pydocs", "slots": ["early", "mid", "late"], "n_envs": 8},
+    "digits": {"task": "digits", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
+    "synthetic": {"task": "synthetic", "slots": _ALL_SLOTS},
+    "mnist": {"task": "mnist", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
+    "pydocs": {"task": "pydocs", "slots": _ALL_SLOTS, "n_envs": 8},
     "cifar10": {"task": "cifar10", "entropy_coef": 0.1},
     "cifar10_deep": {"task": "cifar10_deep", "entropy_coef": 0.08},
     "tinystories": {"task": "tinystories", "sparse_reward_scale": 0.5},

@@ -62,7 +62,8 @@ def counted_forward(topology: str, row) -> int:
 )
 def test_a_forward_pass_counts_as_torch_counts(topology: str, blueprint: str, gated: bool) -> None:
     entry = SlotPlan(blueprint, Mode.BLEND, gated)
-    for row in (NONE, (entry, None, None), (None, entry, entry), (entry, entry, entry)):
+    hidden, shadow = (SlotPlan(blueprint, mode, gated) for mode in (Mode.STRAIGHT_THROUGH, Mode.SHADOW))
+    for row in (NONE, (entry, None, None), (None, entry, entry), (entry, entry, entry), (hidden, shadow, entry)):
         assert FLOPS * costs(topology).forward(row) == counted_forward(topology, row)
 
 

@@ -189,7 +189,7 @@ class Costs:
     def _seed(self, entry: SlotPlan | None, shape: Shape) -> int:
         if entry is None:
             return 0
-        return seed_macs(self.spec.host.topology, entry.blueprint, shape, entry.gated)
+        return seed_macs(self.spec.host.topology, entry.blueprint, shape, entry.uses_gate)
 
 
 class Ledger:

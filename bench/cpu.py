@@ -130,23 +130,25 @@ def compare(n: int, rounds: int, seeded: bool) -> dict[str, float]:
 
 
 def overhead(n: int, epochs: int) -> float:
-    """Share of a rollout with its update that is neither training nor validation: controller, PPO and telemetry."""
+    """Share of a rollout with its update that is outside the environment (steps and resets) or writes events."""
     config = TrainingConfig(task=TASK, n_envs=n, max_epochs=epochs, slots=["early", "mid", "late"], n_episodes=n)
     env = build_env(config)
     policy = build_controller(config, env)
     assert isinstance(policy, RecurrentPolicy)
     learner = build_learner(config, policy)
     inside = 0.0
-    step = env._step
 
-    def timed(td):
-        nonlocal inside
-        start = time.perf_counter()
-        result = step(td)
-        inside += time.perf_counter() - start
-        return result
+    def timed(call):
+        def run(*args, **kwargs):
+            nonlocal inside
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            inside += time.perf_counter() - start
+            return result
 
-    env._step = timed
+        return run
+
+    env._step, env._reset = timed(env._step), timed(env._reset)
     with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder) / "run", {}) as log:
         writing = 0.0
 
@@ -198,7 +200,7 @@ def main() -> None:
                 f"plain loop {row['plain_env_epochs_per_second']:6.2f}, ratio {row['ratio']:.2f}",
                 flush=True,
             )
-    share = overhead(max(given.hosts), 3)
+    share = overhead(max(given.hosts), 4)
     print(f"controller, PPO and telemetry: {100 * share:.1f} % of a rollout at N={max(given.hosts)}")
     beside = contended(max(given.hosts), given.rounds)
     print(f"beside one busy process: {100 * beside:.0f} % of the quiet throughput")

@@ -236,10 +236,12 @@ def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
     """Whether every parameter of the seed in each slot is finite, bool `[N, S]` on the CPU; True for empty slots."""
     blueprint = growth["slots", "blueprint"]
     healthy = torch.ones_like(blueprint, dtype=torch.bool)
+    planted = blueprint.T.tolist()
     for j, slot in enumerate(spec.slots):
-        for b, name in enumerate(spec.blueprints):
+        for b in sorted(set(planted[j]) - {-1}):
             finite = torch.ones_like(healthy[:, j])
-            for leaf in growth["seeds", slot, name, "params"].values(include_nested=True, leaves_only=True):
+            seeds = growth["seeds", slot, spec.blueprints[b], "params"]
+            for leaf in seeds.values(include_nested=True, leaves_only=True):
                 finite = finite & torch.isfinite(leaf).reshape(leaf.shape[0], -1).all(dim=1)
             healthy[:, j] = torch.where(blueprint[:, j] == b, finite, healthy[:, j])
     return healthy.cpu()

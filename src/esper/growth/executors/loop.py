@@ -8,7 +8,7 @@ with one intra-op thread each. A host's numbers therefore never depend on how ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -54,6 +54,13 @@ class _Training:
     seen: int = 0
     norm: Tensor | None = None
     seed_norms: dict[int, Tensor] = field(default_factory=dict)
+    pending: Future[None] | None = None
+
+    def settle(self) -> None:
+        """Wait for the step under way, if any; its errors surface here."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
 
 
 @dataclass
@@ -118,14 +125,24 @@ class LoopExecutor:
         measure: bool,
     ) -> list[_Training]:
         rates, seed_rates = host_lr.tolist(), seed_lr.tolist()
-        self._each(
-            lambda i: _train_host(self.spec, carry[i], _layout(x[i]), y[i], rates[i], seed_rates[i], keys[i], measure),
-            len(carry),
-        )
+
+        def work(i: int) -> None:
+            _train_host(self.spec, carry[i], _layout(x[i]), y[i], rates[i], seed_rates[i], keys[i], measure)
+
+        for i, host in enumerate(carry):
+            if self.workers == 1:
+                work(i)
+            else:
+                # Returns while the hosts still compute, so that the next batch is made meanwhile; one step at a time
+                # each.
+                host.settle()
+                host.pending = _pool(self.workers).submit(work, i)
         return carry
 
     def finish(self, carry: list[_Training], growth: TensorDict) -> tuple[TensorDict, TensorDict]:
         n = len(carry)
+        for training in carry:
+            training.settle()
         host = TensorDict(
             {
                 "params": _stack([c.params for c in carry]),

@@ -35,7 +35,6 @@ class Purpose(IntEnum):
     DATA = 10
     CONTROLLER = 11
     MINIBATCH = 12
-    FAMILY = 13
     STATISTICS = 14
 
 

@@ -15,7 +15,6 @@ from esper.checkpoint.snapshot import (
     Manifest,
     Snapshot,
     checkpoints,
-    name_of,
     read_manifest,
     read_snapshot,
     remove,
@@ -152,8 +151,3 @@ def forget_after(run_dir: Path, step: int) -> None:
     for path in checkpoints(folder):
         if int(path.name) > step:
             remove(path)
-
-
-def path_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` epochs is."""
-    return run_dir / FOLDER / name_of(step)

@@ -291,12 +291,12 @@ def epochs(bench: Bench, sizes: list[int], amps: list[str]) -> list[dict[str, An
                     "images_per_second": n * (bench.images // batch * batch) / total,
                 }
             row["memory_growth"] = torch.cuda.memory_allocated(bench.device) / max(1, held) if bench.cuda else 1.0
-            row["counts"] = dict(executor.counts) if isinstance(executor, CapturedExecutor) else {}
+            row["recorded"] = executor.recorded if isinstance(executor, CapturedExecutor) else 0
             rows.append(row)
             print(
                 f"epoch N={n:3d} {amp:4s}: same plan {row['same plan']['images_per_second'] / 1e6:.3f} M/s "
                 f"(scoring {100 * row['same plan']['scoring_share']:.0f} %), new plan each epoch "
-                f"{row['new plan']['images_per_second'] / 1e6:.3f} M/s, {row['counts']}",
+                f"{row['new plan']['images_per_second'] / 1e6:.3f} M/s, {row['recorded']} recordings",
                 flush=True,
             )
     return rows

@@ -89,12 +89,10 @@ def _starting_host(config: TrainingConfig, task: Task) -> Host:
 
 
 def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device) -> Executor:
-    """`"auto"` is the loop over all cores on a CPU. On a GPU it is the captured program, or the stacked one in half
-    precision, where recorded epochs are not trusted yet (`docs/performance.md`)."""
+    """`"auto"` is the loop over all cores on a CPU and the captured program on a GPU."""
     kind: str = config.executor
     if kind == "auto":
-        on_gpu = "captured" if config.amp == "off" else "stacked"
-        kind = "loop" if device.type == "cpu" else on_gpu
+        kind = "loop" if device.type == "cpu" else "captured"
     if device.type == "cuda":
         # cuDNN would round float32 convolutions to tf32, and executors are held to float32.
         torch.backends.cudnn.allow_tf32 = False

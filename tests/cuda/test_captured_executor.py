@@ -107,16 +107,21 @@ def test_mixed_precision_is_finite_and_close(topology: str, amp: str) -> None:
     assert bool((found["gradients"][: growth.batch_size[0]] > 0).all())
 
 
-def test_the_same_plan_is_recorded_once_and_gives_the_same_bits() -> None:
+def test_plans_that_fit_need_no_recording_and_give_the_same_bits() -> None:
     spec, growth = grown("cnn", "straight_through", "linear")
     executor = CapturedExecutor(spec, CUDA)
     state = cast(growth, torch.float32).to(CUDA)
     first = outcome(executor, spec, state, "cnn")
-    recorded = dict(executor.counts)
+    recorded = executor.recorded
+    fewer = state.clone()
+    for name, empty in (("stage", 1), ("blueprint", -1), ("blend", -1), ("alpha", 0)):
+        fewer["slots", name][::2] = empty
+    between = outcome(executor, spec, fewer, "cnn")
     second = outcome(executor, spec, state, "cnn")
-    assert executor.counts["recorded"] == recorded["recorded"]
-    assert executor.counts["reused"] == recorded["reused"] + 1
+    assert executor.recorded == recorded
     assert all(torch.equal(first[part], second[part]) for part in first)
+    alone = outcome(CapturedExecutor(spec, CUDA), spec, fewer, "cnn")
+    assert all(apart(between[part], alone[part]) <= 1e-6 for part in alone)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

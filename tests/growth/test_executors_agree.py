@@ -11,7 +11,9 @@ from torch import Tensor
 
 from esper.growth import precision
 from esper.growth.executors.base import Executor
+from esper.growth.executors.coalitions import Room, room_for
 from esper.growth.executors.loop import LoopExecutor
+from esper.growth.executors.seating import as_table, enlarged
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
@@ -140,3 +142,44 @@ def test_scales_halve_and_grow() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="fp8"):
         precision.autocast("fp8", CPU)
+
+
+def roomier(capacity: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(seats + 1 + j % 2 for j, seats in enumerate(row)) for row in capacity)
+
+
+@pytest.mark.parametrize("incubation", ["straight_through", "shadow"])
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_free_seats_change_nothing(topology: str, incubation: str) -> None:
+    spec, growth = grown(topology, incubation, "gated")
+    stream = data(topology, growth.batch_size[0], torch.float64)
+    runner, plan = StackedExecutor(spec, CPU), make_plan(growth["slots"], spec)
+    table = as_table(plan, spec)
+    capacity = runner.seats_for(table)
+    results = []
+    for seats in (capacity, roomier(capacity)):
+        carry = runner.start(growth, table, seats)
+        for x, y in stream:
+            carry = runner.train_step(
+                carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True
+            )
+        state, measured = runner.finish(carry, growth)
+        room = room_for(spec, table)
+        if seats is not capacity:
+            room = Room(roomier(room.seeds), roomier(room.branches))
+        scoring = runner.prepare(runner.start_evaluation(state, table, room), stream[0][0][1])
+        scores = runner.finish_evaluation(runner.evaluate_step(scoring, stream[0][0][0], stream[0][1][0]))
+        results.append((state, measured, scores))
+    (exact, norms, right), (spare, other_norms, other_right) = results
+    for part in ("host", "seeds"):
+        assert apart(flat(spare[part]), flat(exact[part])) <= 1e-13
+    assert apart(other_norms["seed_norm"].nan_to_num(), norms["seed_norm"].nan_to_num()) <= 1e-12
+    assert torch.equal(other_norms["seed_norm"].isnan(), norms["seed_norm"].isnan())
+    assert torch.equal(other_right["correct"], right["correct"])
+    assert torch.equal(other_right["differ"], right["differ"])
+
+
+def test_programs_grow_with_room_to_spare() -> None:
+    assert enlarged(((1, 0), (3, 5)), None, (8, 8)) == ((1, 0), (4, 8))
+    assert enlarged(((2, 0), (3, 5)), ((1, 1), (4, 8)), (8, 8)) == ((4, 1), (4, 8))
+    assert enlarged(((8, 0),), ((4, 1),), (8,)) == ((8, 1),)

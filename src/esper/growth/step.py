@@ -19,7 +19,7 @@ from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
 from esper.growth.governor import govern, take_snapshot
-from esper.growth.plan import Plan, live_slots, make_plan
+from esper.growth.plan import Mode, Plan, make_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
 from esper.keys import Purpose
@@ -217,19 +217,15 @@ def evaluate(
 def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
     """What each live slot adds: accuracy of all live slots minus accuracy without it, `[N, S]` percentage points, and
     its paired standard error over samples. Slots that are not live are nan."""
-    correct, differ = scores["correct"].double(), scores["differ"].double()
-    seen = scores["seen"].double()
-    value = torch.full_like(differ, float("nan"))
-    error = value.clone()
-    for i, row in enumerate(plan):
-        live = live_slots(row)
-        everyone = sum(1 << j for j in live)
-        for j in live:
-            gain = (correct[i, everyone] - correct[i, everyone & ~(1 << j)]) / seen[i]
-            variance = (differ[i, j] / seen[i] - gain**2).clamp(min=0.0)
-            value[i, j] = 100.0 * gain
-            error[i, j] = 100.0 * (variance / seen[i]).sqrt()
-    return value.float(), error.float()
+    correct, seen = scores["correct"].double(), scores["seen"].double()[:, None]
+    n_slots = scores["differ"].shape[1]
+    live = torch.tensor([[e is not None and e.mode is Mode.BLEND for e in row] for row in plan]).view(-1, n_slots)
+    # A coalition with slots that are not live counts as the one without them, so the last one is everybody.
+    without = correct[:, (2**n_slots - 1) - (1 << torch.arange(n_slots))]
+    gain = (correct[:, -1:] - without) / seen
+    variance = (scores["differ"].double() / seen - gain**2).clamp(min=0.0)
+    value, error = 100.0 * gain, 100.0 * (variance / seen).sqrt()
+    return value.masked_fill(~live, torch.nan).float(), error.masked_fill(~live, torch.nan).float()
 
 
 def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:

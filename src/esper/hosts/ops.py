@@ -1,8 +1,9 @@
-"""The two operators in which image networks spend their time, for one host, with a fused form for stacks of hosts.
+"""The operators in which image networks spend their time, for one host, with a fused form for stacks of hosts.
 
 Outside `fused()` they are plain PyTorch and the specification. Inside, under `torch.func.vmap` on a CUDA device, a
 stack of hosts runs the Triton kernels of `esper.hosts.kernels` instead; float64, windows that do not divide the image
-and hosts that are not stacked keep the plain form.
+and hosts that are not stacked keep the plain form. A stack may have rows that nobody reads: inside `active(flags)` the
+kernels leave them out, and what stands there afterwards is arbitrary.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch._C._functorch import is_batchedtensor
 
 EPS = 1e-5
 _FUSED: ContextVar[bool] = ContextVar("esper_fused", default=False)
+_ACTIVE: ContextVar[Tensor | None] = ContextVar("esper_active", default=None)
 
 
 @contextmanager
@@ -30,6 +32,21 @@ def fused(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _FUSED.reset(token)
+
+
+@contextmanager
+def active(flags: Tensor) -> Iterator[None]:
+    """Within the block the rows of a stack whose flag (int64 `[N]`) is 0 need not be computed."""
+    token = _ACTIVE.set(flags)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the fused kernels may serve for `x`."""
+    return _FUSED.get() and x.is_cuda and x.dtype is not torch.float64
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +97,7 @@ def _kernels() -> ModuleType:
 
 
 def _stacked(x: Tensor, weight: Tensor) -> bool:
-    return _FUSED.get() and x.is_cuda and weight.dtype is not torch.float64 and is_batchedtensor(weight)
+    return is_fused(x) and weight.dtype is not torch.float64 and is_batchedtensor(weight)
 
 
 def _cast(weight: Tensor) -> Tensor:
@@ -120,7 +137,7 @@ class _Activate(_Stacked):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], h: Tensor, affine: Tensor, pool: int) -> tuple[Tensor, int]:
         h, affine = _stack(info, in_dims, h, affine)
-        return _kernels().activate(h.contiguous(), affine.float().contiguous(), pool), 0
+        return _kernels().activate(h.contiguous(), affine.float().contiguous(), pool, _ACTIVE.get()), 0
 
 
 class _NormActivate(_Stacked):
@@ -145,10 +162,10 @@ class _StackedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         kernels = _kernels()
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.active = x.dtype, _ACTIVE.get()
         x = kernels.laid_out(x, w.dtype)
         ctx.save_for_backward(x, w)
-        return kernels.conv(x, w)
+        return kernels.conv(x, w, ctx.active)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -156,21 +173,21 @@ class _StackedConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
-            kernels.conv_input_grad(g, w).to(ctx.dtype) if needs_x else None,
-            kernels.conv_weight_grad(x, g, w.shape[-1]).to(w.dtype) if needs_w else None,
+            kernels.conv_input_grad(g, w, ctx.active).to(ctx.dtype) if needs_x else None,
+            kernels.conv_weight_grad(x, g, w.shape[-1], ctx.active).to(w.dtype) if needs_w else None,
         )
 
 
 class _StackedNormActivate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, pool: int) -> tuple[Tensor, Tensor]:
-        kernels = _kernels()
+        kernels, active = _kernels(), _ACTIVE.get()
         h = h.contiguous()
-        statistics, affine = kernels.moments(h, weight, bias, EPS)
+        statistics, affine = kernels.moments(h, weight, bias, EPS, active)
         ctx.save_for_backward(h, affine, statistics)
         ctx.pool = pool
         ctx.mark_non_differentiable(statistics)
-        return kernels.activate(h, affine, pool), statistics
+        return kernels.activate(h, affine, pool, active), statistics
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -183,13 +200,13 @@ class _StackedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        out, saved = _kernels().group_norm(x, groups, weight, bias, relu, EPS)
+        ctx.groups, ctx.relu, ctx.active = groups, relu, _ACTIVE.get()
+        out, saved = _kernels().group_norm(x, groups, weight, bias, relu, EPS, ctx.active)
         ctx.save_for_backward(x, weight, bias, saved)
-        ctx.groups, ctx.relu = groups, relu
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
         x, weight, bias, saved = ctx.saved_tensors
-        dx, dw, db = _kernels().group_norm_grad(x, ctx.groups, weight, bias, saved, g, ctx.relu)
+        dx, dw, db = _kernels().group_norm_grad(x, ctx.groups, weight, bias, saved, g, ctx.relu, ctx.active)
         return dx, None, dw, db, None

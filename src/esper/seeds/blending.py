@@ -65,10 +65,14 @@ def gate(params: Tree, h: Tensor) -> Tensor:
     Images `[B, C, H, W]` are pooled over space and get one value each; sequences `[B, L, C]` get one value for each
     position from that position's features alone, so a gated blend never looks ahead.
     """
-    pooled = h.mean(dim=(-2, -1)) if h.dim() == 4 else h
-    hidden = F.relu(F.linear(pooled, params["hidden"]["weight"], params["hidden"]["bias"]))
-    value = torch.sigmoid(F.linear(hidden, params["out"]["weight"], params["out"]["bias"]))
+    value = gate_value(params, h.mean(dim=(-2, -1)) if h.dim() == 4 else h)
     return value[..., None, None] if h.dim() == 4 else value
+
+
+def gate_value(params: Tree, pooled: Tensor) -> Tensor:
+    """The gate's value `[..., 1]` of features `[..., C]` that are already pooled over space."""
+    hidden = F.relu(F.linear(pooled, params["hidden"]["weight"], params["hidden"]["bias"]))
+    return torch.sigmoid(F.linear(hidden, params["out"]["weight"], params["out"]["bias"]))
 
 
 def straight_through(h: Tensor, s: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper.growth.plan import Plan, SlotPlan
-from esper.growth.trees import leaves
-from esper.hosts.base import Tree
+from esper.growth.plan import Plan
 
 Carry = Any
 """What an executor keeps between the calls of one epoch."""
@@ -90,14 +88,9 @@ def empty_scores(n_hosts: int, n_slots: int, device: torch.device | None = None)
     )
 
 
-def gradient_health(norms: Tensor, seed: Tree, entry: SlotPlan) -> Tensor:
-    """1 - 0.5 (share of vanishing tensors) - 0.8 (share of exploding tensors), clipped to 0..1.
-
-    `norms` `[tensors, ...]` are of the leaves of `seed` in order, its gate last; a gate that does not take part has no
-    gradient and does not count.
-    """
-    if not entry.uses_gate:
-        norms = norms[: len(leaves(seed["body"]))]
+def gradient_health(norms: Tensor) -> Tensor:
+    """1 - 0.5 (share of vanishing tensors) - 0.8 (share of exploding tensors), clipped to 0..1, from the norms
+    `[tensors, ...]` of all tensors that take part."""
     vanishing, exploding = (test.double().mean(0) for test in (norms < VANISHING_NORM, norms > EXPLODING_NORM))
     return (1.0 - 0.5 * vanishing - 0.8 * exploding).clamp(0.0, 1.0)
 

@@ -1,15 +1,15 @@
-"""The captured executor: the stacked program with fused kernels, recorded once per plan as CUDA graphs and replayed.
+"""The captured executor: the stacked program with fused kernels, recorded as CUDA graphs and replayed.
 
 A step is the stacked executor's own step. Recording it fixes where its inputs and its state lie; each batch is copied
-there and replayed without Python. A new plan costs one recording of a step, not a compilation, because the kernels do
-not depend on the plan. Recordings share one pool of memory: they run one after the other and leave nothing in it.
+there and replayed without Python. The program depends on how many seats and branches it has room for, not on the plan:
+a plan that fits is data, one that does not has a larger program recorded, with room to spare, so that recordings soon
+cease. The kernels skip free seats and rows, so spare room costs little.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,70 +21,65 @@ from torch import Tensor
 
 from esper.growth import precision
 from esper.growth.executors import coalitions
-from esper.growth.executors.coalitions import Coalitions, Scoring, lay_out
-from esper.growth.executors.groups import split_plan, upload
+from esper.growth.executors.coalitions import Room, Scoring
+from esper.growth.executors.seating import as_table, enlarged, fits, upload
 from esper.growth.executors.stacked import StackedExecutor, Training
 from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
-from esper.growth.trees import leaves, like
+from esper.growth.trees import leaves, tree_map
+from esper.hosts.base import Tree
 from esper.hosts.ops import fused
 
 
 @dataclass
 class _Trainer:
-    """One plan's training step: static state, static inputs, and a recording with and without measuring."""
+    """The training program: static state, static inputs, and a recording with and without measuring."""
 
     carry: Training
-    inputs: tuple[Tensor, ...]
-    growth: TensorDict
+    inputs: tuple[Tensor, ...] = ()
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    norms: dict[Any, Tensor] = field(default_factory=dict)
+    norms: Tree = field(default_factory=dict)
 
 
 @dataclass
 class _Scorer:
-    """One plan's scoring: static state, the recording that calibrates it and the one that scores a batch."""
+    """The scoring program: static state, the recording that prepares it and the one that scores a batch."""
 
-    tree: Coalitions
     carry: Scoring
-    calibrate: torch.cuda.CUDAGraph | None = None
+    prepare: torch.cuda.CUDAGraph | None = None
     score: torch.cuda.CUDAGraph | None = None
 
 
 class CapturedExecutor:
     """Runs all hosts of one CUDA `device` as one recorded program; see `Executor` for the contract.
 
-    Keeps recordings of the `plans` latest plans. One epoch of a plan is in flight at a time: a carry is the static
-    state of its plan's recording. `counts` tells how many steps were recorded, replayed from an earlier recording of
-    the same plan, and run once eagerly because something in them was new.
+    One epoch is in flight at a time: a carry is the program's static state. `recorded` counts recordings.
     """
 
-    def __init__(self, spec: GrowthSpec, device: torch.device, plans: int = 16, kernels: bool = True) -> None:
-        self.spec, self.device, self.plans = spec, device, plans
+    def __init__(self, spec: GrowthSpec, device: torch.device, kernels: bool = True) -> None:
+        self.spec, self.device = spec, device
         self.stacked = StackedExecutor(spec, device, kernels)
-        self.counts = {"recorded": 0, "reused": 0, "warmed": 0}
+        self.recorded = 0
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._trainers: OrderedDict[Plan, _Trainer] = OrderedDict()
-        self._scorers: OrderedDict[Plan, _Scorer] = OrderedDict()
+        self._trainer: _Trainer | None = None
+        self._scorer: _Scorer | None = None
         self._buffers: dict[Hashable, Tensor] = {}
-        self._evaluation: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._seen: set[Hashable] = set()
 
     def begin(self, growth: TensorDict, plan: Plan) -> _Trainer:
-        trainer = self._trainers.get(plan)
-        splits = split_plan(plan, self.device) if trainer is None else trainer.carry.splits
-        fresh = self.stacked.start(growth, plan, splits)
-        if trainer is None:
-            trainer = _Trainer(fresh, (), growth)
-            _remember(self._trainers, plan, trainer, self.plans)
-        else:
-            self.counts["reused"] += 1
-            self._trainers.move_to_end(plan)
-            _copy(_state(trainer.carry), _state(fresh))
-            trainer.carry.steps = trainer.carry.seen = 0
-            trainer.growth = growth
-        return trainer
+        table, held = as_table(plan, self.spec), self._trainer
+        wanted = self.stacked.seats_for(table)
+        if held is not None and fits(wanted, held.carry.seating.capacity):
+            fresh = self.stacked.start(growth, table, held.carry.seating.capacity, held.carry)
+            _copy(_state(held.carry), _state(fresh))
+            held.carry.table, held.carry.seating = table, fresh.seating
+            held.carry.steps = held.carry.seen = 0
+            return held
+        before = None if held is None else held.carry.seating.capacity
+        self._forget()
+        capacity = enlarged(wanted, before, [len(plan)] * len(self.spec.slots))
+        self._trainer = _Trainer(self.stacked.start(growth, table, capacity))
+        return self._trainer
 
     def train_step(
         self, carry: _Trainer, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
@@ -100,42 +95,49 @@ class CapturedExecutor:
         carry.carry.steps += 1
         carry.carry.seen += y[0].numel()
         if measure:
-            carry.carry.norms = {name: norms.clone() for name, norms in carry.norms.items()}
-            if self._evaluation is not None and carry.carry.plan not in self._scorers:
-                # The device still has the epoch's replays to do, so recording the evaluation now costs no time.
-                self._scorer(carry.growth, carry.carry.plan)
+            carry.carry.norms = tree_map(torch.Tensor.clone, carry.norms)
         return carry
 
     def finish(self, carry: _Trainer, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        return self.stacked.finish(_frozen(carry.carry), growth)
+        return self.stacked.finish(_own_results(carry.carry), growth)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> _Scorer:
-        known = plan in self._scorers
-        scorer = self._scorers[plan] if known else self._scorer(growth, plan)
-        fresh = self.stacked.start_evaluation(growth, plan, scorer.tree)
-        _copy(_scored(scorer.carry), _scored(fresh))
-        scorer.carry.seen = 0
+        table, scorer = as_table(plan, self.spec), self._scorer
+        wanted = coalitions.room_for(self.spec, table)
+        if scorer is not None and scorer.carry.tree.room.holds(wanted):
+            fresh = self.stacked.start_evaluation(growth, table, scorer.carry.tree.room)
+            _copy(_scored(scorer.carry), _scored(fresh))
+            scorer.carry.tree, scorer.carry.seating, scorer.carry.seen = fresh.tree, fresh.seating, 0
+        else:
+            n, places = len(plan), range(len(self.spec.slots))
+            held = None if scorer is None else scorer.carry.tree.room
+            room = Room(
+                enlarged(wanted.seeds, None if held is None else held.seeds, [n for _ in places]),
+                enlarged(wanted.branches, None if held is None else held.branches, [n << j for j in places]),
+            )
+            self._retire()
+            self._scorer = scorer = _Scorer(_owned(self.stacked.start_evaluation(growth, table, room)))
+        x = None
         if calibration is not None:
-            buffer = self._buffer("calibration", calibration)
-            buffer.copy_(calibration)
-            if scorer.calibrate is None:
-                scorer.calibrate = self._record_calibration(scorer, buffer)
-            scorer.calibrate.replay()
-        self._scorers.move_to_end(plan)
+            x = self._buffer("calibration", calibration)
+            x.copy_(calibration)
+        if scorer.prepare is None:
+            carry = scorer.carry
+            scorer.prepare = self._record(lambda: self.stacked.prepare(carry, x), [])
+        scorer.prepare.replay()
         return scorer
 
     def evaluate_step(self, carry: _Scorer, x: Tensor, y: Tensor) -> _Scorer:
-        if self._evaluation is None:
-            buffers = self._buffer("x", x), self._buffer("y", y)
-            self._evaluation = (*buffers, self._buffers.get("calibration"))
-        usual = self._evaluation[:2]
-        if x.shape == usual[0].shape:
-            _copy(usual, (x, y))
+        usual = self._buffers.get("x")
+        if usual is None or usual.shape == x.shape:
+            static = self._buffer("x", x), self._buffer("y", y)
+            _copy(static, (x, y))
             if carry.score is None:
-                carry.score = self._record_score(carry, *usual)
+                counts = [carry.carry.correct, carry.carry.differ, carry.carry.loss]
+                carry.score = self._record(lambda: self._add_scores(carry.carry, *static), counts)
             carry.score.replay()
         else:
-            with torch.no_grad():
+            with torch.cuda.device(self.device):
                 self._add_scores(carry.carry, x, y)
         carry.carry.seen += y.numel()
         return carry
@@ -143,52 +145,14 @@ class CapturedExecutor:
     def finish_evaluation(self, carry: _Scorer) -> TensorDict:
         return self.stacked.finish_evaluation(carry.carry)
 
-    def _scorer(self, growth: TensorDict, plan: Plan) -> _Scorer:
-        tree = lay_out(self.spec, plan, self.device)
-        started = self.stacked.start_evaluation(growth, plan, tree)
-        scorer = _Scorer(tree, _detached(started))
-        _remember(self._scorers, plan, scorer, self.plans)
-        if self._evaluation is not None:
-            x, y, calibration = self._evaluation
-            if calibration is not None:
-                scorer.calibrate = self._record_calibration(scorer, calibration)
-            scorer.score = self._record_score(scorer, x, y)
-        return scorer
-
     def _record_step(self, trainer: _Trainer, measure: bool) -> torch.cuda.CUDAGraph:
-        def step() -> Training:
+        def step() -> None:
             x, y, host_lr, seed_lr, keys = trainer.inputs
-            return self.stacked.train_step(copy.copy(trainer.carry), x, y, host_lr, seed_lr, keys, measure)
-
-        def recorded() -> None:
-            after = step()
+            after = self.stacked.train_step(copy.copy(trainer.carry), x, y, host_lr, seed_lr, keys, measure)
             _copy(_state(trainer.carry), _state(after))
-            if measure:
-                trainer.norms = after.norms
+            trainer.norms = after.norms
 
-        shape = tuple(trainer.inputs[0].shape)
-        self._warm([("train", measure, shape), *(("train", address, shape) for address in trainer.carry.seeds)], step)
-        return self._record(recorded)
-
-    def _record_calibration(self, scorer: _Scorer, x: Tensor) -> torch.cuda.CUDAGraph:
-        def statistics() -> list[Tensor]:
-            carry = self.stacked.calibrate(copy.copy(scorer.carry), x)
-            return [leaf for tree in carry.statistics for leaf in leaves(tree)]
-
-        def recorded() -> None:
-            _copy([leaf for tree in scorer.carry.statistics for leaf in leaves(tree)], statistics())
-
-        shape = tuple(x.shape)
-        self._warm([("calibrate", address, shape) for address in (None, *scorer.carry.seeds)], statistics)
-        return self._record(recorded)
-
-    def _record_score(self, scorer: _Scorer, x: Tensor, y: Tensor) -> torch.cuda.CUDAGraph:
-        shape = tuple(x.shape)
-        self._warm(
-            [("score", address, shape) for address in (None, *scorer.carry.seeds)],
-            lambda: self.stacked.evaluate_step(copy.copy(scorer.carry), x, y),
-        )
-        return self._record(lambda: self._add_scores(scorer.carry, x, y))
+        return self._record(step, _state(trainer.carry))
 
     def _add_scores(self, carry: Scoring, x: Tensor, y: Tensor) -> None:
         with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.stacked.kernels):
@@ -205,23 +169,31 @@ class CapturedExecutor:
             self._buffers[name] = held
         return held
 
-    def _warm(self, parts: list[Hashable], step: Callable[[], Any]) -> None:
-        """Run a step once for nothing if it has a part never run before: libraries and kernels load lazily."""
-        if self._seen.issuperset(parts):
-            return
-        self.counts["warmed"] += 1
-        self._seen.update(parts)
-        with self._aside():
-            step()
+    def _forget(self) -> None:
+        """Let the training program go, once the device is done with it."""
+        if self._trainer is not None:
+            torch.cuda.synchronize(self.device)
+            self._trainer = None
 
-    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        self.counts["recorded"] += 1
+    def _retire(self) -> None:
+        """Let the scoring program go, once the device is done with it."""
+        if self._scorer is not None:
+            torch.cuda.synchronize(self.device)
+            self._scorer = None
+
+    def _record(self, step: Callable[[], Any], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        """Record a step. It runs once before, because libraries and kernels load lazily; `state` is what that must not
+        change."""
+        self.recorded += 1
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         # Collecting an old recording while a new one is made would be an illegal operation inside it.
         gc.disable()
         try:
             with self._aside():
+                before = [tensor.detach().clone() for tensor in state]
+                step()
+                _copy(state, before)
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     step()
@@ -242,46 +214,28 @@ class CapturedExecutor:
         current.wait_stream(self._stream)
 
 
-def _remember(cache: OrderedDict[Plan, Any], plan: Plan, value: Any, size: int) -> None:
-    cache[plan] = value
-    while len(cache) > size:
-        cache.popitem(last=False)
-
-
 def _state(carry: Training) -> list[Tensor]:
     """Everything a step reads and the next step continues from, in a fixed order."""
-    groups = [*carry.seeds.values(), *carry.seed_moments.values()]
-    host = [carry.params, carry.moments, *leaves(carry.statistics)]
-    return [*host, *groups, carry.alpha, carry.loss, carry.correct, *carry.scale.values()]
+    host = [carry.seats, carry.params, carry.moments, *leaves(carry.statistics)]
+    return [*host, carry.alpha, carry.loss, carry.correct, *carry.scale.values()]
 
 
-def _frozen(carry: Training) -> Training:
-    """The carry with copies of all its tensors, which the next epoch does not overwrite."""
-    copies = iter([tensor.detach().clone() for tensor in _state(carry)])
-    return replace(
-        carry,
-        params=next(copies),
-        moments=next(copies),
-        statistics=like(carry.statistics, copies),
-        seeds={address: next(copies) for address in carry.seeds},
-        seed_moments={address: next(copies) for address in carry.seed_moments},
-        alpha=next(copies),
-        loss=next(copies),
-        correct=next(copies),
-        scale={name: next(copies) for name in carry.scale},
-    )
+def _own_results(carry: Training) -> Training:
+    """The carry with copies of what `finish` hands on, which the next epoch does not overwrite."""
+    statistics = tree_map(torch.Tensor.clone, carry.statistics)
+    return replace(carry, statistics=statistics, scale={name: t.clone() for name, t in carry.scale.items()})
 
 
 def _scored(carry: Scoring) -> list[Tensor]:
-    tensors = [leaf for tree in (*carry.params, *carry.statistics, *carry.seeds.values()) for leaf in leaves(tree)]
-    return [*tensors, carry.alpha, carry.correct, carry.differ, carry.loss]
+    """Everything scoring reads and counts, in a fixed order."""
+    trees = [leaf for tree in (carry.params, carry.statistics, carry.seeds) for leaf in leaves(tree)]
+    return [carry.data, carry.seats, *trees, carry.alpha, carry.correct, carry.differ, carry.loss]
 
 
-def _detached(carry: Scoring) -> Scoring:
-    """The same with an alpha of its own, so that filling it in place touches no growth state."""
-    result = copy.copy(carry)
-    result.alpha = carry.alpha.clone()
-    return result
+def _owned(carry: Scoring) -> Scoring:
+    """The same with tensors of its own, so that filling them touches no growth state."""
+    params, statistics = (tree_map(torch.Tensor.clone, tree) for tree in (carry.params, carry.statistics))
+    return replace(carry, params=params, statistics=statistics, alpha=carry.alpha.clone())
 
 
 def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -2,11 +2,14 @@
 
 A row of the tree is one (host, prefix of a coalition). The tree starts with one row per host and branches at each live
 slot; rows share everything up to the slot where they part. Leaving a seed out is a bypass, as if it was never planted.
+Like training, the pass depends on the room it has and not on the plan: which row is whose is data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -14,148 +17,226 @@ from torch import Tensor
 from torch.func import vmap
 
 from esper.growth.executors import base
-from esper.growth.executors.groups import Address, Seeds, index, select, split_slot
-from esper.growth.forward import correct, graft, mean_loss
-from esper.growth.plan import Mode, Plan, SlotPlan, live_slots
+from esper.growth.executors.grafting import branch, select_rows
+from esper.growth.executors.seating import Capacity, Seating, Table, demand, fill, fits, seat_plan, upload
+from esper.growth.executors.seeds import gather, grow, select, strength
+from esper.growth.forward import correct, mean_loss
 from esper.growth.spec import GrowthSpec
+from esper.growth.trees import as_tree
+from esper.hosts import ops
 from esper.hosts.base import Tree
 
 
 @dataclass(frozen=True)
-class Level:
-    """One slot of the tree, by group: the rows that branch, where their seeds lie in the group's stack, and the hosts
-    they belong to."""
+class Room:
+    """What a scoring program has room for: `seeds` by slot and blueprint, and the `branches` of the tree likewise
+    (every prefix that a seed joins is one)."""
 
-    entries: tuple[SlotPlan, ...]
-    rows: tuple[Tensor, ...]
-    seats: tuple[Tensor, ...]
-    owners: tuple[Tensor, ...]
+    seeds: Capacity
+    branches: Capacity
+
+    def holds(self, wanted: Room) -> bool:
+        """Whether there is room for `wanted`."""
+        return fits(wanted.seeds, self.seeds) and fits(wanted.branches, self.branches)
+
+
+@dataclass(frozen=True)
+class Branching:
+    """One slot of the tree, on the device, all int64. For every branch `[D]`: the row it leaves (`source`), whether
+    there is one (`active`), the seat of its seed and the host it belongs to (`owner`). For every row after the slot
+    `[A]`: the row before it that it continues (`origin`), the branch whose seed is blended in (-1 for none), its host
+    (`hosts`), and whether there is one (`used`)."""
+
+    capacity: tuple[int, ...]
+    source: Tensor
+    active: Tensor
+    seat: Tensor
+    owner: Tensor
+    origin: Tensor
+    branch: Tensor
+    hosts: Tensor
+    used: Tensor
 
 
 @dataclass(frozen=True)
 class Coalitions:
-    """The tree of a plan: its levels, the host of every row before each slot (and at the end), the (host, coalition) of
-    every leaf, and which leaves are compared."""
+    """The tree of a plan: its `data` for the device and, on the CPU, the row at the end of every (host, coalition),
+    `[N, 2**S]`. Seeds that are not live count as left out."""
 
-    levels: tuple[Level, ...]
-    hosts: tuple[Tensor, ...]
-    leaves: tuple[tuple[int, int], ...]
-    pairs: tuple[tuple[int, int], ...]
-    """(host, live slot), in the order of `with_slot`, `without_slot`."""
-    with_slot: Tensor
-    without_slot: Tensor
-    everyone: Tensor
-    """The leaf of each host in which all its live slots take part, `[N]`."""
+    room: Room
+    data: Tensor
+    leaf: Tensor
 
-
-def live_plan(plan: Plan) -> Plan:
-    """The plan with only the seeds that take part in the forward value."""
-    return tuple(tuple(e if e is not None and e.mode is Mode.BLEND else None for e in row) for row in plan)
-
-
-def lay_out(spec: GrowthSpec, plan: Plan, device: torch.device) -> Coalitions:
-    """Build the tree of a plan; new rows are appended at each slot."""
-    live = live_plan(plan)
-    rows = [(i, 0) for i in range(len(plan))]
-    levels, hosts = [], [index([i for i, _ in rows], device)]
-    for j in range(len(spec.slots)):
-        seat: dict[int, int] = {}
-        taken: dict[SlotPlan, int] = {}
-        for i, entry in enumerate(row[j] for row in live):
-            if entry is not None:
-                seat[i] = taken.get(entry, 0)
-                taken[entry] = seat[i] + 1
-        branching = split_slot([live[i][j] for i, _ in rows], device)
-        seats, owners, grown = [], [], list(rows)
-        for members in branching.members:
-            parents = [rows[r] for r in members]
-            owners.append(index([i for i, _ in parents], device))
-            seats.append(index([seat[i] for i, _ in parents], device))
-            grown += [(i, m | 1 << j) for i, m in parents]
-        rows = grown
-        levels.append(Level(branching.entries, branching.rows, tuple(seats), tuple(owners)))
-        hosts.append(index([i for i, _ in rows], device))
-    at = {row: r for r, row in enumerate(rows)}
-    full = [sum(1 << j for j in live_slots(row)) for row in plan]
-    pairs = tuple((i, j) for i, row in enumerate(plan) for j in live_slots(row))
-    return Coalitions(
-        levels=tuple(levels),
-        hosts=tuple(hosts),
-        leaves=tuple(rows),
-        pairs=pairs,
-        with_slot=index([at[i, full[i]] for i, _ in pairs], device),
-        without_slot=index([at[i, full[i] & ~(1 << j)] for i, j in pairs], device),
-        everyone=index([at[i, members] for i, members in enumerate(full)], device),
-    )
+    def slots(self, data: Tensor) -> tuple[list[Branching], Tensor, Tensor]:
+        """The slots as views of `data`; the row at the end with all live slots of each host `[N]`; those with one slot
+        less `[N, S]`."""
+        n, n_slots = self.leaf.shape[0], len(self.room.branches)
+        found, first, rows = [], 0, n
+        for capacity in self.room.branches:
+            rows += sum(capacity)
+            sizes = [sum(capacity)] * 4 + [rows] * 4
+            found.append(Branching(capacity, *data[first : first + sum(sizes)].split(sizes)))
+            first += sum(sizes)
+        everyone, without = data[first:].split([n, n * n_slots])
+        return found, everyone, without.view(n, n_slots)
 
 
 @dataclass
 class Scoring:
     """A stack of hosts being scored: the tree, what runs in it, and the counts so far.
 
-    `params` and `statistics` have one stack per level of the tree, a row per row of the tree.
+    `params`, `statistics` `[N, ...]` and `seeds` are the growth state's. `levels` has what each part of the tree runs
+    with: `params` and `statistics` of its rows, and the `seeds` of the branches at its end.
     """
 
     tree: Coalitions
-    params: list[Tree]
-    statistics: list[Tree]
-    seeds: Seeds
+    data: Tensor
+    seating: Seating
+    seats: Tensor
+    params: Tree
+    statistics: Tree
+    seeds: Tree
     alpha: Tensor
     correct: Tensor
     differ: Tensor
     loss: Tensor
+    levels: list[Tree] = field(default_factory=list)
     seen: int = 0
 
 
-def start(tree: Coalitions, params: Tree, statistics: Tree, seeds: Seeds, alpha: Tensor) -> Scoring:
-    """Nothing scored yet; `params` and `statistics` are `[N, ...]`, scored with the running statistics."""
-    device = alpha.device
+def room_for(spec: GrowthSpec, table: Table) -> Room:
+    """The room that scoring a plan needs."""
+    kinds, live = len(spec.blueprints), _live(table)
+    branches = demand([live.blueprint[hosts, j] for j, (hosts, _) in enumerate(_rows(live)[:-1])], kinds)
+    return Room(demand(list(live.blueprint.T), kinds), branches)
+
+
+def lay_out(table: Table, seat: Tensor, room: Room, device: torch.device) -> Coalitions:
+    """The tree of a plan whose live seeds sit on `seat` `[N, S]`; new rows are appended at each slot."""
+    n, n_slots = table.blueprint.shape
+    table, data, length = _live(table), [], n
+    rows = _rows(table)
+    for j, capacity in enumerate(room.branches):
+        length += sum(capacity)
+        hosts, _ = rows[j]
+        groups = _groups(table, hosts, j, len(capacity))
+        leaving = torch.cat(groups)
+        source, active = fill(groups, capacity)
+        seats, _ = fill([seat[hosts[g], j] for g in groups], capacity)
+        owner, _ = fill([hosts[g] for g in groups], capacity)
+        old = torch.arange(hosts.shape[0])
+        origin, used = fill([torch.cat([old, leaving])], [length])
+        joins = torch.full((length,), -1)
+        joins[hosts.shape[0] : hosts.shape[0] + leaving.shape[0]] = active.nonzero().squeeze(1)
+        after, _ = fill([rows[j + 1][0]], [length])
+        data += [source, active, seats, owner, origin, joins, after, used]
+    live = (table.live.long() << torch.arange(n_slots)).sum(1)
+    hosts, members = rows[-1]
+    leaf = torch.zeros(n, 2**n_slots, dtype=torch.int64)
+    leaf[hosts, members] = torch.arange(hosts.shape[0])
+    leaf = leaf.gather(1, torch.arange(2**n_slots) & live[:, None])
+    everyone = leaf[:, -1]
+    without = leaf[:, (2**n_slots - 1) - (1 << torch.arange(n_slots))]
+    return Coalitions(room, upload(torch.cat([*data, everyone, without.flatten()]), device), leaf)
+
+
+def _live(table: Table) -> Table:
+    """The plan with only the seeds that take part in the forward value."""
+    off = ~table.live
+    return Table(table.blueprint.masked_fill(off, -1), table.mode.masked_fill(off, 0), table.gated, table.frozen)
+
+
+def _rows(live: Table) -> list[tuple[Tensor, Tensor]]:
+    """Host and coalition of every row before each slot, and at the end."""
+    n, n_slots = live.blueprint.shape
+    hosts, members = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    found = [(hosts, members)]
+    for j in range(n_slots):
+        kinds = int(live.blueprint[:, j].max()) + 1
+        leaving = torch.cat([torch.zeros(0, dtype=torch.int64), *_groups(live, hosts, j, kinds)])
+        hosts = torch.cat([hosts, hosts[leaving]])
+        members = torch.cat([members, members[leaving] | 1 << j])
+        found.append((hosts, members))
+    return found
+
+
+def _groups(live: Table, hosts: Tensor, slot: int, kinds: int) -> list[Tensor]:
+    """The rows that branch at a slot, by blueprint."""
+    kind = live.blueprint[hosts, slot]
+    return [(kind == b).nonzero().squeeze(1) for b in range(kinds)]
+
+
+def start(spec: GrowthSpec, growth: TensorDict, table: Table, room: Room, device: torch.device) -> Scoring:
+    """Nothing scored yet."""
+    seating = seat_plan(_live(table), room.seeds, device)
+    tree = lay_out(table, seating.seat, room, device)
+    n, n_slots = table.blueprint.shape
     return Scoring(
         tree=tree,
-        params=[select(params, h) for h in tree.hosts],
-        statistics=[select(statistics, h) for h in tree.hosts],
-        seeds=seeds,
-        alpha=alpha,
-        correct=torch.zeros(len(tree.leaves), dtype=torch.int64, device=device),
-        differ=torch.zeros(len(tree.pairs), dtype=torch.int64, device=device),
-        loss=torch.zeros(tree.everyone.shape[0], dtype=torch.float64, device=device),
+        data=tree.data,
+        seating=seating,
+        seats=seating.data,
+        params=as_tree(growth["host", "params"]),
+        statistics=as_tree(growth["host", "statistics"]),
+        seeds=gather(spec, growth["seeds"], seating.slots(seating.data), "params"),
+        alpha=growth["slots", "alpha"],
+        correct=torch.zeros(n + sum(map(sum, room.branches)), dtype=torch.int64, device=device),
+        differ=torch.zeros(n, n_slots, dtype=torch.int64, device=device),
+        loss=torch.zeros(n, dtype=torch.float64, device=device),
     )
 
 
+def levels(spec: GrowthSpec, scoring: Scoring) -> list[Tree]:
+    """Parameters and running statistics of the rows of every level, and the seeds of its branches."""
+    branchings, _, _ = scoring.tree.slots(scoring.data)
+    params, statistics = scoring.params, scoring.statistics
+    found: list[Tree] = []
+    for slot, b in zip(spec.slots, branchings, strict=True):
+        seeds: dict[str, Any] = {}
+        if slot in scoring.seeds and b.source.shape[0]:
+            body, first = {}, 0
+            rooms = scoring.tree.room.seeds[spec.slots.index(slot)]
+            for name, room, seat in zip(spec.blueprints, rooms, b.seat.split(b.capacity), strict=True):
+                if seat.shape[0]:
+                    # Branches that are not there name seat 0, which another blueprint may own.
+                    body[name] = select(scoring.seeds[slot]["body"][name], (seat - first).clamp(min=0))
+                first += room
+            seeds = {"gate": select(scoring.seeds[slot]["gate"], b.seat), "body": body}
+        found.append({"params": params, "statistics": statistics, "seeds": seeds})
+        params, statistics = select(scoring.params, b.hosts), select(scoring.statistics, b.hosts)
+    return [*found, {"params": params, "statistics": statistics, "seeds": {}}]
+
+
 def calibrated(spec: GrowthSpec, scoring: Scoring, x: Tensor) -> list[Tree]:
-    """Statistics of every row, estimated on one batch `x` `[B, ...]`."""
-    return _run(spec, scoring, x, recalibrate=True)[1]
+    """`levels` with the statistics of every row estimated on one batch `x` `[B, ...]`."""
+    _, statistics = _run(spec, scoring, x, recalibrate=True)
+    return [{**level, "statistics": s} for level, s in zip(scoring.levels, statistics, strict=True)]
 
 
 def score(spec: GrowthSpec, scoring: Scoring, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What one batch adds to `correct` (by leaf), `differ` (by pair) and `loss` (by host)."""
-    tree = scoring.tree
+    """What one batch adds to `correct` (by row at the end), `differ` `[N, S]` and `loss` `[N]`."""
+    _, everyone, without = scoring.tree.slots(scoring.data)
     logits, _ = _run(spec, scoring, x, recalibrate=False)
     right = correct(logits, y.expand(logits.shape[0], *y.shape)).flatten(1)
-    differ = (right[tree.with_slot] != right[tree.without_slot]).sum(1)
-    losses = vmap(mean_loss, in_dims=(0, None))(logits[tree.everyone], y)
+    differ = (right[everyone][:, None] != right[without]).sum(2)
+    losses = vmap(mean_loss, in_dims=(0, None))(logits[everyone], y)
     return right.sum(1), differ, losses.double() * y.numel()
 
 
 def tally(spec: GrowthSpec, scoring: Scoring) -> TensorDict:
     """The scores of `empty_scores`, on the CPU."""
-    tree, n_slots = scoring.tree, len(spec.slots)
-    n = tree.everyone.shape[0]
-    scores = base.empty_scores(n, n_slots)
-    by_leaf = dict(zip(tree.leaves, scoring.correct.tolist(), strict=True))
-    live = [0] * n
-    for (i, j), count in zip(tree.pairs, scoring.differ.tolist(), strict=True):
-        live[i] |= 1 << j
-        scores["differ"][i, j] = count
-    scores["loss"][:] = scoring.loss.cpu()
+    scores = base.empty_scores(scoring.loss.shape[0], len(spec.slots))
+    scores["correct"][:] = scoring.correct.cpu()[scoring.tree.leaf]
+    scores["differ"][:], scores["loss"][:] = scoring.differ.cpu(), scoring.loss.cpu()
     scores["seen"][:] = scoring.seen
-    scores["correct"][:] = torch.tensor([[by_leaf[i, m & live[i]] for m in range(2**n_slots)] for i in range(n)])
     return scores
 
 
 def _run(spec: GrowthSpec, scoring: Scoring, x: Tensor, *, recalibrate: bool) -> tuple[Tensor, list[Tree]]:
-    """Logits `[R, B, ...]` of all rows and their statistics, which with `recalibrate` are those of `x`."""
-    host, tree = spec.host, scoring.tree
+    """Logits `[rows, B, ...]` at the end and the statistics of every level; with `recalibrate` those of `x`."""
+    host = spec.host
+    branchings, _, _ = scoring.tree.slots(scoring.data)
+    seats = scoring.seating.slots(scoring.seats)
     momentum = 1.0 if recalibrate else None
     statistics: list[Tree] = []
 
@@ -163,30 +244,21 @@ def _run(spec: GrowthSpec, scoring: Scoring, x: Tensor, *, recalibrate: bool) ->
         def run(p: Tree, s: Tree, features: Tensor) -> tuple[Tensor, Tree]:
             return host.run_blocks(p, s, features, begin, stop, momentum=momentum)
 
-        h, after = vmap(run)(scoring.params[level], scoring.statistics[level], h)
+        with ops.active(branchings[level - 1].used) if level else nullcontext():
+            h, after = vmap(run)(scoring.levels[level]["params"], scoring.levels[level]["statistics"], h)
         statistics.append(after)
         return h
 
-    h = vmap(lambda p: host.embed(p, x))(scoring.params[0])
+    h = vmap(lambda p: host.embed(p, x))(scoring.levels[0]["params"])
     done = 0
     for j, place in enumerate(spec.sites):
         h = blocks(j, h, done, place.boundary)
         done = place.boundary
-        level = tree.levels[j]
-        branches = [h]
-        for entry, rows, seats, owners in zip(level.entries, level.rows, level.seats, level.owners, strict=True):
-            address: Address = (j, entry)
-            seed = select(scoring.seeds[address], seats)
-            branches.append(graft_stack(spec, entry, seed, scoring.alpha[owners, j], h.index_select(0, rows)))
-        h = torch.cat(branches)
+        b, seeds = branchings[j], scoring.levels[j]["seeds"]
+        if seeds:
+            features = select_rows(h, b.source, b.active)
+            grown = grow(spec, seeds, b.capacity, b.active, features)
+            alpha = strength(seeds, scoring.alpha[b.owner, j], seats[j].gated[b.seat], features)
+            h = branch(h, grown, alpha, b.origin, b.branch, b.used)
     h = blocks(len(spec.sites), h, done, host.depth)
-    return vmap(host.head)(scoring.params[-1], h), statistics
-
-
-def graft_stack(spec: GrowthSpec, entry: SlotPlan, seed: Tree, alpha: Tensor, h: Tensor) -> Tensor:
-    """`graft` over a group: seeds, `alpha` `[members]` and features `[members, B, ...]`."""
-
-    def one(params: Tree, a: Tensor, features: Tensor) -> Tensor:
-        return graft(spec.host.topology, entry, params, a, features)
-
-    return vmap(one)(seed, alpha, h)
+    return vmap(host.head)(scoring.levels[-1]["params"], h), statistics

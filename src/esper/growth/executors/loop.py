@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from esper.growth import optim, precision
 from esper.growth.executors import base
-from esper.growth.executors.groups import by_group
 from esper.growth.forward import (
     BATCHNORM_MOMENTUM,
     coalition_logits,
@@ -244,7 +244,7 @@ def _train_host(
     host.losses.append(loss.detach())
     host.correct.append(correct(logits, y).sum())
     host.seen += y.numel()
-    host_grads, *seed_grads = by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
+    host_grads, *seed_grads = _by_group(grads, [len(host_leaves), *map(len, seed_leaves)])
     with torch.no_grad():
         ok, fine = True, [True] * len(learning)
         if host.scale:
@@ -344,5 +344,13 @@ def _measurements(carry: list[_Training]) -> TensorDict:
             result["seed_norm"][i, j] = norms.norm()
             entry = c.plan[j]
             if entry is not None:
-                result["seed_health"][i, j] = base.gradient_health(norms, c.seeds[j], entry)
+                # A gate that does not take part has no gradient and does not count; its tensors are the last.
+                counted = norms if entry.uses_gate else norms[: len(leaves(c.seeds[j]["body"]))]
+                result["seed_health"][i, j] = base.gradient_health(counted)
     return result
+
+
+def _by_group(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Cut a flat list into consecutive pieces of the given lengths."""
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]

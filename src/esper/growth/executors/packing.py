@@ -1,10 +1,13 @@
-"""All parameters of a stack of hosts or seeds in one matrix, a row per host: one operation updates them all."""
+"""All parameters of a stack of hosts and their seeds in one vector: one operation updates them all.
+
+Every leaf is `[rows, ...]` and lies in the vector as a whole, so that it can be read without moving it. Rows are
+numbered through the stack: hosts first, then the seats of every slot.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -16,35 +19,36 @@ from esper.hosts.base import Tree
 
 @dataclass(frozen=True)
 class Layout:
-    """How a packed row is cut into leaves: the tree they form and the shape of each."""
+    """How the vector is cut into leaves: the tree they form, the shape of each, and the number of its first row."""
 
     tree: Tree
     shapes: tuple[torch.Size, ...]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [prod(shape) for shape in self.shapes]
+    first: tuple[int, ...]
 
     def pieces(self, packed: Tensor) -> list[Tensor]:
-        """The leaves `[N, ...]` of `packed` `[N, P]`, as views."""
-        parts = packed.split(self.sizes, dim=1)
-        pairs = zip(parts, self.shapes, strict=True)
-        return [part.unflatten(1, shape) if shape else part[:, 0] for part, shape in pairs]
+        """The leaves `[rows, ...]` of `packed` `[T]`, as views."""
+        parts = packed.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def open(self, packed: Tensor) -> dict[str, Any]:
         """The tree of the leaves, as views."""
         return like(self.tree, iter(self.pieces(packed)))
 
-    def contiguous(self, packed: Tensor) -> dict[str, Any]:
-        """The tree of the leaves, each with memory of its own."""
-        return like(self.tree, (piece.detach().contiguous() for piece in self.pieces(packed)))
+    def rows(self, device: torch.device) -> Tensor:
+        """The row each number of the vector belongs to, int64 `[T]`."""
+        found = [
+            (first + torch.arange(shape[0])).repeat_interleave(shape[1:].numel())
+            for shape, first in zip(self.shapes, self.first, strict=True)
+        ]
+        return torch.cat(found).to(device)
 
 
-def layout(tree: Tree) -> Layout:
-    """The layout of a tree whose leaves are `[N, ...]`."""
-    return Layout(tree, tuple(leaf.shape[1:] for leaf in leaves(tree)))
+def layout(parts: Sequence[tuple[Tree, int]], tree: Tree) -> Layout:
+    """The layout of `tree`, which is made of `parts` in order: subtrees, each with the number of its first row."""
+    shapes = [(leaf.shape, first) for part, first in parts for leaf in leaves(part)]
+    return Layout(tree, tuple(shape for shape, _ in shapes), tuple(first for _, first in shapes))
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Leaves `[N, ...]` as one matrix `[N, P]`, a copy."""
-    return torch.cat([tensor.detach().reshape(tensor.shape[0], -1) for tensor in tensors], dim=1)
+def pack(tree: Tree) -> Tensor:
+    """The leaves of a tree as one vector `[T]`, a copy."""
+    return torch.cat([leaf.detach().reshape(-1) for leaf in leaves(tree)])

@@ -1,37 +1,40 @@
 """The stacked executor: all hosts of a device advance as one program, by vmap over the pure per-host functions.
 
-Host blocks are the same for every host, so they run stacked over all `N`. Seeds differ, so each slot is split into
-groups of the same (blueprint, mode, gate) and every group runs stacked over its members. Nothing inside a step waits
-for the device, and no step changes a tensor: it binds new ones to the carry.
+Host blocks are the same for every host, so they run stacked over all `N`. Seeds take seats, so many for each slot and
+blueprint, and every blueprint runs stacked over its seats; what differs between its seeds is data at the seat
+(`seating`). Nothing inside a step waits for the device, and no step changes a tensor: it binds new ones to the carry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.func import vmap
 
-from esper.growth import optim, precision
+from esper.growth import precision
 from esper.growth.executors import base, coalitions
-from esper.growth.executors.coalitions import Scoring, graft_stack, lay_out, live_plan
-from esper.growth.executors.groups import (
-    Address,
-    Seeds,
-    Split,
-    apply_groups,
-    gather,
-    scatter,
-    split_plan,
+from esper.growth.executors.coalitions import Room, Scoring
+from esper.growth.executors.grafting import combine, take
+from esper.growth.executors.packing import Layout, layout, pack
+from esper.growth.executors.seating import (
+    BLEND,
+    SHADOW,
+    Capacity,
+    Seating,
+    Seats,
+    Table,
+    as_table,
+    demand,
+    seat_plan,
     upload,
 )
-from esper.growth.executors.packing import Layout, layout, pack
+from esper.growth.executors.seeds import SlotSeeds, gather, grow, numbered, scatter, strength
 from esper.growth.forward import BATCHNORM_MOMENTUM, correct, mean_loss
-from esper.growth.plan import Mode, Plan, SlotPlan, inserted, shadow_plan
+from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
@@ -41,27 +44,26 @@ from esper.values import changed
 
 @dataclass
 class Training:
-    """A stack of hosts being trained; every tensor has the leading `N` or is a group's.
+    """A stack of hosts being trained.
 
-    `params`, `moments` and those of each group are packed, `[N, P]`; `layout` and `layouts` say how.
+    `params` and `moments` `[T]` hold hosts and seeds, packed as `layout` says; `rows` `[T]` tells the row each number
+    belongs to and `decay` `[T]` its weight decay. `seats` is the data of the seating on the device.
     """
 
-    plan: Plan
-    splits: list[Split]
-    shadowed: bool
+    table: Table
+    seating: Seating
     layout: Layout
+    rows: Tensor
+    decay: Tensor
+    seats: Tensor
     params: Tensor
     moments: Tensor
     statistics: Tree
-    layouts: dict[Address, Layout]
-    members: dict[Address, Tensor]
-    seeds: dict[Address, Tensor]
-    seed_moments: dict[Address, Tensor]
     alpha: Tensor
     loss: Tensor
     correct: Tensor
     scale: dict[str, Tensor]
-    norms: dict[Any, Tensor]
+    norms: Tree = field(default_factory=dict)
     steps: int = 0
     seen: int = 0
 
@@ -75,88 +77,81 @@ class StackedExecutor:
     kernels: bool = False
 
     def begin(self, growth: TensorDict, plan: Plan) -> Training:
-        return self.start(growth, plan, split_plan(plan, self.device))
+        table = as_table(plan, self.spec)
+        return self.start(growth, table, self.seats_for(table))
 
-    def start(self, growth: TensorDict, plan: Plan, splits: list[Split]) -> Training:
-        """`begin` with the splits of the plan already made."""
-        host, n = growth["host"], len(plan)
-        params, statistics, moments = (as_tree(host[name]) for name in ("params", "statistics", "moments"))
-        seeds, seed_moments = gather(self.spec, growth["seeds"], splits, moments=True)
-        groups = [
-            ((j, entry), rows) for j, s in enumerate(splits) for entry, rows in zip(s.entries, s.rows, strict=True)
-        ]
+    def seats_for(self, table: Table) -> Capacity:
+        """The seats that training a plan needs."""
+        return demand(list(table.blueprint.T), len(self.spec.blueprints))
+
+    def start(self, growth: TensorDict, table: Table, capacity: Capacity, alike: Training | None = None) -> Training:
+        """`begin` with that many seats; `alike` is a carry with as many, whose layout need not be made again."""
+        n = growth.batch_size[0]
+        seating = seat_plan(table, capacity, self.device)
+        seats = seating.slots(seating.data)
+        host = {name: as_tree(growth["host", name]) for name in ("params", "statistics", "moments")}
+        seeds, moments = (gather(self.spec, growth["seeds"], seats, part) for part in ("params", "moments"))
+        tree = {"host": host["params"], "slots": seeds}
+        params = pack(tree)
+        if alike is None:
+            held = layout([(host["params"], 0), *numbered(self.spec, seeds, capacity, n)], tree)
+            rows = held.rows(self.device)
+            decay = torch.full_like(params, self.spec.seed_weight_decay)
+            decay = decay.masked_fill(rows < n, self.spec.host_weight_decay)
+        else:
+            held, rows, decay = alike.layout, alike.rows, alike.decay
         return Training(
-            plan=plan,
-            splits=splits,
-            shadowed=any(shadow_plan(row) is not None for row in plan),
-            layout=layout(params),
-            params=pack(leaves(params)).requires_grad_(),
-            moments=pack(leaves(moments)),
-            statistics=tree_map(torch.Tensor.clone, statistics),
-            layouts={address: layout(tree) for address, tree in seeds.items()},
-            members=dict(groups),
-            seeds={address: pack(leaves(tree)).requires_grad_() for address, tree in seeds.items()},
-            seed_moments={address: pack(leaves(tree)) for address, tree in seed_moments.items()},
+            table=table,
+            seating=seating,
+            layout=held,
+            rows=rows,
+            decay=decay,
+            seats=seating.data,
+            params=params.requires_grad_(),
+            moments=pack({"host": host["moments"], "slots": moments}),
+            statistics=tree_map(torch.Tensor.clone, host["statistics"]),
             alpha=growth["slots", "alpha"].clone(),
             loss=torch.zeros(n, dtype=torch.float64, device=self.device),
             correct=torch.zeros(n, dtype=torch.int64, device=self.device),
             scale={name: growth[name].clone() for name in precision.fresh_scale(self.spec.amp, 1)},
-            norms={},
         )
 
     def train_step(
         self, carry: Training, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
     ) -> Training:
-        spec = self.spec
-        params = carry.layout.open(carry.params)
-        seeds = {address: carry.layouts[address].open(packed) for address, packed in carry.seeds.items()}
+        spec, seats = self.spec, carry.seating.slots(carry.seats)
         with precision.autocast(spec.amp, self.device), fused(self.kernels):
-            logits, statistics = self._forward(carry.splits, params, carry.statistics, seeds, carry.alpha, x, keys)
+            tree = carry.layout.open(carry.params)
+            logits, statistics = self._forward(tree, carry.statistics, seats, carry.alpha, x, keys)
             losses = vmap(mean_loss)(logits, y)
-            total = losses + self._shadow_losses(carry, params, seeds, x, y, keys)
+            total = losses
+            if spec.rules.incubation == "shadow":
+                total = losses + self._shadow_losses(carry, seats, x, y, keys)
         if carry.scale:
             total = total * carry.scale["loss_scale"]
-        learning = [address for address in carry.seeds if not address[1].frozen]
-        wanted = [carry.params, *(carry.seeds[address] for address in learning)]
-        rows = [carry.members[address] for address in learning]
-        grads = list(torch.autograd.grad(total.sum(), wanted, materialize_grads=True))
+        (grad,) = torch.autograd.grad(total.sum(), [carry.params])
         with torch.no_grad():
             statistics = tree_map(torch.Tensor.detach, statistics)
+            moving = None
+            if spec.freeze_fossils:
+                moving = _by_row(torch.ones_like(losses, dtype=torch.bool), [s.learning > 0 for s in seats])
             if carry.scale:
-                scale = carry.scale["loss_scale"]
-                grads = [precision.unscale([g], s)[0] for g, s in zip(grads, _each(scale, rows), strict=True)]
-                ok = precision.all_finite(grads[:1], 1)
-                own = [precision.all_finite([g], 1) for g in grads[1:]]
-                # An incubating seed reaches nobody, so its overflow is its own; everybody shares the host's.
-                for (_, entry), r, fine in zip(learning, rows, own, strict=True):
-                    if entry.mode is Mode.BLEND:
-                        ok = ok.index_copy(0, r, ok[r] & fine)
-                good = [ok, *(ok[r] & fine for r, fine in zip(rows, own, strict=True))]
-                grads = [precision.keep(o, [g], [torch.zeros_like(g)])[0] for o, g in zip(good, grads, strict=True)]
-            if measure:
-                norms = [stacked_norms(carry.layout.pieces(grads[0]))]
-                norms += [stacked_norms(carry.layouts[a].pieces(g)) for a, g in zip(learning, grads[1:], strict=True)]
-                carry.norms = dict(zip(("host", *learning), norms, strict=True))
-            held = [carry.moments, *(carry.seed_moments[address] for address in learning)]
-            seed_rates = upload(seed_lr, self.device)
-            rates = [upload(host_lr, self.device), *(seed_rates[r] for r in rows)]
-            decays = [spec.host_weight_decay, *[spec.seed_weight_decay] * len(rows)]
-            stepped = [
-                optim.sgd([p], [g], [m], lr, momentum=spec.momentum, weight_decay=decay)
-                for p, g, m, lr, decay in zip(wanted, grads, held, rates, decays, strict=True)
-            ]
-            updated, moments = [p for (p,), _ in stepped], [m for _, (m,) in stepped]
-            if carry.scale:
-                updated = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, updated, wanted, strict=True)]
-                moments = [precision.keep(o, [a], [b])[0] for o, a, b in zip(good, moments, held, strict=True)]
+                grad, stepping, ok = _checked(carry, seats, grad)
+                moving = stepping if moving is None else moving & stepping
                 kept = precision.keep(ok, leaves(statistics), leaves(carry.statistics))
                 statistics = like(statistics, iter(kept))
                 adapted = precision.adapt(carry.scale["loss_scale"], carry.scale["scale_age"], ok)
                 carry.scale = dict(zip(("loss_scale", "scale_age"), adapted, strict=True))
-            carry.params, *group_params = (p.detach().requires_grad_() for p in updated)
-            carry.moments, *group_moments = moments
-            carry.seeds = carry.seeds | dict(zip(learning, group_params, strict=True))
-            carry.seed_moments = carry.seed_moments | dict(zip(learning, group_moments, strict=True))
+            if measure:
+                carry.norms = tree_map(row_norms, carry.layout.open(grad))
+            slow, fast = upload(host_lr, self.device), upload(seed_lr, self.device)
+            rate = _by_row(slow, [fast[s.source] for s in seats]).to(grad.dtype)[carry.rows]
+            moments = spec.momentum * carry.moments + (grad + carry.decay * carry.params)
+            params = carry.params - rate * moments
+            if moving is not None:
+                moves = moving[carry.rows]
+                params, moments = torch.where(moves, params, carry.params), torch.where(moves, moments, carry.moments)
+            carry.params, carry.moments = params.detach().requires_grad_(), moments
             carry.statistics = statistics
             carry.loss = carry.loss + losses.detach().double()
             carry.correct = carry.correct + correct(logits, y).flatten(1).sum(1)
@@ -165,36 +160,33 @@ class StackedExecutor:
         return carry
 
     def finish(self, carry: Training, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        n = [len(carry.plan)]
+        n = list(growth.batch_size)
+        params, moments = (carry.layout.open(packed.detach().clone()) for packed in (carry.params, carry.moments))
         host = TensorDict(
             {
-                "params": as_tensordict(carry.layout.contiguous(carry.params), n),
+                "params": as_tensordict(params["host"], n),
                 "statistics": as_tensordict(carry.statistics, n),
-                "moments": as_tensordict(carry.layout.contiguous(carry.moments), n),
+                "moments": as_tensordict(moments["host"], n),
             },
             batch_size=n,
         )
-        params = {a: layout.open(carry.seeds[a]) for a, layout in carry.layouts.items()}
-        moments = {a: layout.open(carry.seed_moments[a]) for a, layout in carry.layouts.items()}
-        bank = scatter(self.spec, growth["seeds"], params, moments, carry.members)
-        trained = changed(growth, host=host, seeds=bank, **carry.scale)
-        return trained, self._measurements(carry)
+        bank = scatter(self.spec, growth["seeds"], carry.seating, params["slots"], moments["slots"])
+        return changed(growth, host=host, seeds=bank, **carry.scale), self._measurements(carry)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Scoring:
-        carry = self.start_evaluation(growth, plan, lay_out(self.spec, plan, self.device))
-        return carry if calibration is None else self.calibrate(carry, calibration)
+        table = as_table(plan, self.spec)
+        return self.prepare(self.start_evaluation(growth, table, coalitions.room_for(self.spec, table)), calibration)
 
-    def start_evaluation(self, growth: TensorDict, plan: Plan, tree: coalitions.Coalitions) -> Scoring:
-        """`begin_evaluation` with the tree already laid out and nothing calibrated."""
-        live = split_plan(live_plan(plan), self.device)
-        seeds, _ = gather(self.spec, growth["seeds"], live, moments=False)
-        params, statistics = as_tree(growth["host", "params"]), as_tree(growth["host", "statistics"])
-        return coalitions.start(tree, params, statistics, seeds, growth["slots", "alpha"])
+    def start_evaluation(self, growth: TensorDict, table: Table, room: Room) -> Scoring:
+        """`begin_evaluation` with that much room and nothing prepared."""
+        return coalitions.start(self.spec, growth, table, room, self.device)
 
-    def calibrate(self, carry: Scoring, x: Tensor) -> Scoring:
-        """Estimate every coalition's statistics on one batch."""
+    def prepare(self, carry: Scoring, calibration: Tensor | None) -> Scoring:
+        """Bring parameters to the rows that need them and estimate every coalition's statistics."""
         with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
-            carry.statistics = coalitions.calibrated(self.spec, carry, x)
+            carry.levels = coalitions.levels(self.spec, carry)
+            if calibration is not None:
+                carry.levels = coalitions.calibrated(self.spec, carry, calibration)
         return carry
 
     def evaluate_step(self, carry: Scoring, x: Tensor, y: Tensor) -> Scoring:
@@ -208,32 +200,24 @@ class StackedExecutor:
         return coalitions.tally(self.spec, carry)
 
     def _forward(
-        self,
-        splits: list[Split],
-        params: Tree,
-        statistics: Tree,
-        seeds: Seeds,
-        alpha: Tensor,
-        x: Tensor,
-        keys: Tensor,
-        *,
-        insert_shadows: bool = False,
+        self, tree: Tree, statistics: Tree, seats: Sequence[Seats], alpha: Tensor, x: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tree]:
         """Training logits `[N, B, ...]` of all hosts and their statistics."""
-        host = self.spec.host
+        host, params = self.spec.host, tree["host"]
         h = vmap(host.embed)(params, x, keys)
         done = 0
         for j, place in enumerate(self.spec.sites):
             h, statistics = self._blocks(params, statistics, h, keys, done, place.boundary)
             done = place.boundary
-
-            def grown(entry: SlotPlan, rows: Tensor, features: Tensor, slot: int = j) -> Tensor:
-                runs = inserted(entry) if insert_shadows else entry
-                return graft_stack(self.spec, runs, seeds[slot, entry], alpha[rows, slot], features)
-
-            h = apply_groups(splits[j], h, grown)
+            if self.spec.slots[j] in tree["slots"]:
+                h = self._graft(tree["slots"][self.spec.slots[j]], seats[j], alpha[:, j], h)
         h, statistics = self._blocks(params, statistics, h, keys, done, host.depth)
         return vmap(host.head)(params, h), statistics
+
+    def _graft(self, seeds: SlotSeeds, seats: Seats, alpha: Tensor, h: Tensor) -> Tensor:
+        features = take(h, seats)
+        grown = grow(self.spec, seeds, seats.capacity, seats.active, features)
+        return combine(h, grown, strength(seeds, alpha[seats.source], seats.gated, features), seats)
 
     def _blocks(
         self, params: Tree, statistics: Tree, h: Tensor, keys: Tensor, start: int, stop: int
@@ -243,44 +227,71 @@ class StackedExecutor:
 
         return vmap(run, randomness="error")(params, statistics, h, keys)
 
-    def _shadow_losses(self, carry: Training, params: Tree, seeds: Seeds, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+    def _shadow_losses(self, carry: Training, seats: Sequence[Seats], x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Losses `[N]` of the pass in which shadowed seeds learn, fully inserted into hosts held fixed."""
-        if not carry.shadowed:
-            return torch.zeros(len(carry.plan), device=self.device)
-        fixed = tree_map(torch.Tensor.detach, params)
-        alpha = carry.alpha.clone()
-        held: Seeds = {}
-        for (j, entry), seed in seeds.items():
-            if entry.mode is Mode.SHADOW:
-                alpha[:, j] = alpha[:, j].index_fill(0, carry.members[j, entry], 1.0)
-                held[j, entry] = seed
-            else:
-                held[j, entry] = tree_map(torch.Tensor.detach, seed)
-        logits, _ = self._forward(carry.splits, fixed, carry.statistics, held, alpha, x, keys, insert_shadows=True)
+        shadowed = torch.stack([s.mode == SHADOW for s in seats], dim=1)
+        learns = _by_row(
+            torch.zeros_like(shadowed[:, 0]), [shadowed[s.source, j] & (s.active > 0) for j, s in enumerate(seats)]
+        )
+        tree = carry.layout.open(torch.where(learns[carry.rows], carry.params, carry.params.detach()))
+        whole = torch.where(shadowed, torch.ones_like(carry.alpha), carry.alpha)
+        inserted = [replace(s, mode=torch.where(shadowed[:, j], BLEND, s.mode)) for j, s in enumerate(seats)]
+        logits, _ = self._forward(tree, carry.statistics, inserted, whole, x, keys)
         return vmap(mean_loss)(logits, y)
 
     def _measurements(self, carry: Training) -> TensorDict:
-        result = base.empty_measurements(len(carry.plan), len(self.spec.slots))
+        n, table = carry.loss.shape[0], carry.table
+        result = base.empty_measurements(n, len(self.spec.slots))
         result["loss"][:] = (carry.loss / max(1, carry.steps)).cpu()
         result["correct"][:] = carry.correct.cpu()
         result["seen"][:] = carry.seen
-        for address, norms in carry.norms.items():
-            norms = norms.cpu()
-            if address == "host":
-                result["host_norm"][:] = norms.norm(dim=0)
-                continue
-            rows, j = carry.members[address].cpu(), address[0]
-            result["seed_norm"][rows, j] = norms.norm(dim=0)
-            seed = carry.layouts[address].tree
-            result["seed_health"][rows, j] = base.gradient_health(norms, seed, address[1])
+        if not carry.norms:
+            return result
+        found = leaves(carry.norms)
+        norms = like(carry.norms, iter(torch.cat(found).cpu().split([leaf.shape[0] for leaf in found])))
+        result["host_norm"][:] = torch.stack(leaves(norms["host"])).norm(dim=0)
+        for j, slot in enumerate(self.spec.slots):
+            first = 0
+            for b, room in enumerate(carry.seating.capacity[j]):
+                rows = carry.seating.members[j][b]
+                if rows.numel():
+                    seeds, count = norms["slots"][slot], rows.numel()
+                    body = torch.stack([v[:count] for v in leaves(seeds["body"][self.spec.blueprints[b]])])
+                    gate = torch.stack([v[first : first + count] for v in leaves(seeds["gate"])])
+                    whole = torch.cat([body, gate])
+                    health = torch.where(
+                        table.uses_gate[rows, j], base.gradient_health(whole), base.gradient_health(body)
+                    )
+                    learns = ~table.frozen[rows, j]
+                    result["seed_norm"][rows[learns], j] = whole.norm(dim=0)[learns]
+                    result["seed_health"][rows[learns], j] = health[learns]
+                first += room
         return result
 
 
-def stacked_norms(grads: Sequence[Tensor]) -> Tensor:
-    """L2 norm of each host's part of each tensor: float64 `[tensors, N]` from leaves `[N, ...]`."""
-    return torch.stack([g.detach().double().reshape(g.shape[0], -1).norm(dim=1) for g in grads])
+def row_norms(grad: Tensor) -> Tensor:
+    """L2 norm of each row's part of a leaf `[rows, ...]`: float64 `[rows]`."""
+    return grad.double().reshape(grad.shape[0], -1).norm(dim=1)
 
 
-def _each(values: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Values `[N]` of all hosts, then of the members of each group."""
-    return [values, *(values[r] for r in rows)]
+def _by_row(hosts: Tensor, seats: Sequence[Tensor]) -> Tensor:
+    """Values of all rows: of the hosts `[N]`, then of the seats `[R]` of every slot."""
+    return torch.cat([hosts, *seats])
+
+
+def _checked(carry: Training, seats: Sequence[Seats], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unscaled gradients, zero where a step is skipped; which rows step; which hosts do `[N]`.
+
+    An incubating seed reaches nobody, so its overflow is its own; host and blended seeds share theirs and the scale.
+    """
+    scale = carry.scale["loss_scale"]
+    inverse = 1.0 / _by_row(scale, [scale[s.source] for s in seats])
+    grad = grad * inverse[carry.rows].to(grad.dtype)
+    broken = torch.zeros_like(inverse).index_add(0, carry.rows, (~grad.isfinite()).to(inverse.dtype))
+    ok, *fine = (broken == 0).split([scale.shape[0], *(s.source.shape[0] for s in seats)])
+    for s, good in zip(seats, fine, strict=True):
+        # Seat -1 of hosts without a seed is the last entry, which is always good.
+        shared = torch.cat([good | (s.learning == 0), torch.ones_like(ok[:1])])[s.seat]
+        ok = ok & (shared | (s.mode != BLEND))
+    steps = _by_row(ok, [ok[s.source] & good for s, good in zip(seats, fine, strict=True)])
+    return torch.where(steps[carry.rows], grad, torch.zeros_like(grad)), steps, ok

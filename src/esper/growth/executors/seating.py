@@ -1,0 +1,152 @@
+"""Who sits where: the plan of an epoch as data, so that one program serves every plan.
+
+Each slot has seats, so many for each blueprint. Whatever differs between seeds of one blueprint (the host they belong
+to, how they take part, whether a gate scales them, whether they still learn) is a number at their seat. A program
+depends on the number of seats alone; a free seat computes nothing that anyone reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.growth.plan import Mode, Plan
+from esper.growth.spec import GrowthSpec
+
+BYPASS, STRAIGHT, BLEND, SHADOW = range(4)
+_CODES = {Mode.STRAIGHT_THROUGH: STRAIGHT, Mode.BLEND: BLEND, Mode.SHADOW: SHADOW}
+
+Capacity = tuple[tuple[int, ...], ...]
+"""Seats by slot and blueprint."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A plan as tensors `[N, S]` on the CPU; `blueprint` is -1 and `mode` BYPASS where there is no seed."""
+
+    blueprint: Tensor
+    mode: Tensor
+    gated: Tensor
+    frozen: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """Seeds that take part in the forward value, bool `[N, S]`."""
+        return self.mode == BLEND
+
+    @property
+    def uses_gate(self) -> Tensor:
+        """Seeds whose gate takes part, bool `[N, S]`."""
+        return self.gated & (self.mode != STRAIGHT)
+
+
+def as_table(plan: Plan, spec: GrowthSpec) -> Table:
+    """The plan as tensors."""
+    number = {name: i for i, name in enumerate(spec.blueprints)}
+    cells = [
+        (-1, BYPASS, False, False) if e is None else (number[e.blueprint], _CODES[e.mode], e.gated, e.frozen)
+        for row in plan
+        for e in row
+    ]
+    values = torch.tensor(cells, dtype=torch.int64).view(len(plan), len(spec.slots), 4)
+    return Table(values[..., 0], values[..., 1], values[..., 2].bool(), values[..., 3].bool())
+
+
+def demand(chosen: Sequence[Tensor], kinds: int) -> Capacity:
+    """Seats that the seeds of each slot need; `chosen[j]` lists the blueprints of the slot's seeds, -1 for none."""
+    return tuple(tuple(torch.bincount(column[column >= 0], minlength=kinds).tolist()) for column in chosen)
+
+
+def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int]) -> Capacity:
+    """Capacity for `wanted` and no less than `held`: half as much again, in steps of powers of two, so that a run
+    soon stops needing more. `limits[j]` bounds each entry of slot `j`."""
+
+    def roomy(need: int, have: int, limit: int) -> int:
+        if need <= have:
+            return have
+        return max(need, min(limit, 1 << (3 * need // 2 - 1).bit_length()))
+
+    held = held or tuple(tuple(0 for _ in row) for row in wanted)
+    return tuple(
+        tuple(roomy(need, have, limit) for need, have in zip(row, old, strict=True))
+        for row, old, limit in zip(wanted, held, limits, strict=True)
+    )
+
+
+def fits(wanted: Capacity, held: Capacity) -> bool:
+    """Whether `held` has every seat that is wanted."""
+    return all(a <= b for row, old in zip(wanted, held, strict=True) for a, b in zip(row, old, strict=True))
+
+
+def fill(members: Sequence[Tensor], capacity: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Numbers by group put on seats: int64 `[R]` with 0 on free seats, and 1 where a seat is taken."""
+    seats, taken = torch.zeros(sum(capacity), dtype=torch.int64), torch.zeros(sum(capacity), dtype=torch.int64)
+    first = 0
+    for group, room in zip(members, capacity, strict=True):
+        seats[first : first + group.numel()] = group
+        taken[first : first + group.numel()] = 1
+        first += room
+    return seats, taken
+
+
+@dataclass(frozen=True)
+class Seats:
+    """One slot, on the device; all int64. For every seat `[R]`: `source`, the row of features it takes (0 when free),
+    `active`, `gated`, `learning`. For every host `[N]`: its `seat`, -1 for none, and its `mode`."""
+
+    capacity: tuple[int, ...]
+    source: Tensor
+    active: Tensor
+    gated: Tensor
+    learning: Tensor
+    seat: Tensor
+    mode: Tensor
+
+
+@dataclass(frozen=True)
+class Seating:
+    """The seats of a plan. All of it lies in one tensor, `data`, which another plan of the same capacity can replace.
+
+    `members[j][b]` are the hosts on the seats of blueprint `b` in slot `j`, in order; `seat` `[N, S]` the seat of each
+    host's seed, -1 for none. Both are on the CPU.
+    """
+
+    capacity: Capacity
+    members: tuple[tuple[Tensor, ...], ...]
+    seat: Tensor
+    data: Tensor
+
+    def slots(self, data: Tensor) -> list[Seats]:
+        """The seats by slot, as views of `data`."""
+        n, result, first = self.seat.shape[0], [], 0
+        for capacity in self.capacity:
+            sizes = [sum(capacity)] * 4 + [n] * 2
+            parts = data[first : first + sum(sizes)].split(sizes)
+            result.append(Seats(capacity, *parts))
+            first += sum(sizes)
+        return result
+
+
+def seat_plan(table: Table, capacity: Capacity, device: torch.device) -> Seating:
+    """Give every seed of the plan a seat."""
+    n, n_slots = table.blueprint.shape
+    members, data = [], []
+    seats = torch.full((n, n_slots), -1, dtype=torch.int64)
+    for j, room in enumerate(capacity):
+        groups = tuple((table.blueprint[:, j] == b).nonzero().squeeze(1) for b in range(len(room)))
+        source, active = fill(groups, room)
+        seats[source[active > 0], j] = active.nonzero().squeeze(1)
+        members.append(groups)
+        data += [source, active, active * table.gated[source, j], active * ~table.frozen[source, j]]
+        data += [seats[:, j], table.mode[:, j]]
+    return Seating(capacity, tuple(members), seats, upload(torch.cat(data), device))
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; a CUDA device is not waited for."""
+    if device.type == "cpu" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -5,8 +5,8 @@
     python bench/whole.py --task digits --hosts 512 --rollouts 4
     python bench/whole.py --smoke                             # seconds, on a CPU
 
-Every line is one ordinary run, `esper.run.train` with its event log and checkpoints, of `--rollouts` rollouts with the PPO
-controller. The first rollout warms up: programs are recorded until they have room for every plan. The rest is
+Every line is one ordinary run, `esper.run.train` with its event log and checkpoints, of `--rollouts` rollouts with the
+PPO controller. The first rollout warms up: programs are recorded until they have room for every plan. The rest is
 measured: medians of epochs; shares of wall time; recordings; how full the slots were.
 """
 
@@ -157,8 +157,8 @@ def main() -> None:
             print(
                 f"N={n:3d} {amp:4s}: {1e3 * row['epoch_seconds']:.1f} ms an epoch (p95/p50 {row['p95_over_p50']:.2f}), "
                 f"{row['env_epochs_per_second']:.1f} env-epochs/s; {share}; slots {100 * row['filled']:.0f} % full, "
-                f"{row['recorded']} recordings, {row['recorded_after_warm']} after warm-up; busy {row['busy_percent']} %, "
-                f"peak {row['peak_gb']} GB",
+                f"{row['recorded']} recordings, {row['recorded_after_warm']} after warm-up; "
+                f"busy {row['busy_percent']} %, peak {row['peak_gb']} GB",
                 flush=True,
             )
     given.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")

@@ -134,7 +134,7 @@ class Lifecycle(RuleBasedStateMachine):
         after, culled = tick(lived, self.spec.rules)
         self.moved(lived, after, MOVED_BY_TICK)
         assert torch.equal(culled, (lived["stage"] == Stage.PROBATIONARY) & ~in_stage(after, stages.OCCUPIED))
-        bank = uproot(self.grown(acted["seeds"], after), LAYOUT, culled)
+        bank = uproot(self.grown(acted["seeds"], after), LAYOUT, culled, lived["blueprint"])
         self.ramp(before, after)
         self.growth = TensorDict({"slots": after, "seeds": bank, "key": self.growth["key"]}, batch_size=[N])
 

@@ -11,6 +11,7 @@ exact on every device; only `normal` goes through floating-point functions and i
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,9 +58,15 @@ def root(seed: int) -> Tensor:
 def fold(key: Tensor, *data: int | Tensor) -> Tensor:
     """Derive a key from `key` and each of `data` in turn; tensors broadcast against the key."""
     for item in data:
-        value = item if isinstance(item, Tensor) else torch.full((), int(item), dtype=torch.int64, device=key.device)
-        key = _mix(key ^ _mix(value.to(torch.int64) + _GOLDEN))
+        mixed = _mix(item.to(torch.int64) + _GOLDEN) if isinstance(item, Tensor) else _mixed(int(item))
+        key = _mix(key ^ mixed)
     return key
+
+
+@lru_cache(maxsize=4096)
+def _mixed(value: int) -> int:
+    """What `fold` makes of a number before it meets the key; numbers recur, and a tensor for each would cost more."""
+    return int(_mix(torch.tensor(value, dtype=torch.int64) + _GOLDEN))
 
 
 def host_keys(key: Tensor, n_hosts: int, first: int = 0) -> Tensor:

@@ -180,6 +180,6 @@ def test_free_seats_change_nothing(topology: str, incubation: str) -> None:
 
 
 def test_programs_grow_with_room_to_spare() -> None:
-    assert enlarged(((1, 0), (3, 5)), None, (8, 8)) == ((1, 0), (4, 8))
-    assert enlarged(((2, 0), (3, 5)), ((1, 1), (4, 8)), (8, 8)) == ((4, 1), (4, 8))
-    assert enlarged(((8, 0),), ((4, 1),), (8,)) == ((8, 1),)
+    assert enlarged(((0, 0), (3, 5)), None, (8, 8)) == ((0, 0), (4, 8))
+    assert enlarged(((2, 0), (1, 5)), ((1, 3), (4, 8)), (8, 8)) == ((4, 3), (4, 8))
+    assert enlarged(((8, 0),), ((4, 1),), (8,)) == ((8, 4),)

@@ -159,7 +159,7 @@ def take_snapshot(growth: TensorDict, slots: tuple[str, ...], metrics: TensorDic
     now = TensorDict(
         {
             "host": growth["host"],
-            "seeds": bank.uproot(growth["seeds"], slots, ~fossils),
+            "seeds": bank.uproot(growth["seeds"], slots, ~fossils, growth["slots", "blueprint"]),
             "slots": clear(growth["slots"], ~fossils),
             "losses": growth["governor", "losses"],
             "seen": growth["governor", "seen"],

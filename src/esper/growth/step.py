@@ -134,11 +134,12 @@ def run_epoch(
         g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
         g, stands, report = govern(g, spec.slots, metrics[rows], spec.governor)
         after = g["slots"].cpu()
+        standing_seeds = after["blueprint"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:
             after, auto_culled = tick(after, spec.rules)
         outcome["auto_culled"] = auto_culled
-        removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
+        removed = bank.uproot(g["seeds"], spec.slots, auto_culled, standing_seeds)
         done.append(changed(g, slots=after.to(shard.device), seeds=removed))
         standing.append(stands)
         parts = {"lived": lived, "after": after, "outcome": outcome, "panic": report.pop("panic"), "governor": report}
@@ -150,13 +151,13 @@ def run_epoch(
 
 def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
-    records = growth["slots"].cpu()
+    before = growth["slots"].cpu()
     table = seed_parameters(
         tuple(place.channels for place in spec.sites),
         lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
     )
-    records, outcome = apply_action(records, action, spec.rules, table, accuracy)
-    seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"])
+    records, outcome = apply_action(before, action, spec.rules, table, accuracy)
+    seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"], before["blueprint"])
     seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
     return changed(growth, slots=records.to(growth["key"].device), seeds=seeds), outcome
 

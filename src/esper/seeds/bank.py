@@ -77,13 +77,16 @@ def plant(
     return bank
 
 
-def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor) -> TensorDict:
-    """Zero every seed of the slots where `removed` `[N, S]`."""
+def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor, planted: Tensor) -> TensorDict:
+    """Zero the seeds of the slots where `removed` `[N, S]`; `planted` int64 `[N, S]` are the blueprints that stood
+    there, -1 for none, in the bank's order. All else in the bank is zero already."""
+    kinds = torch.where(removed.cpu(), planted.cpu(), -1)
     for j, slot in enumerate(slots):
-        rows = removed[:, j].nonzero().squeeze(1)
-        if rows.numel() > 0:
-            cleared = {name: zero_rows(kind, rows) for name, kind in bank[slot].items()}
-            bank = changed(bank, **{slot: changed(bank[slot], **cleared)})
+        names = list(bank[slot].keys())
+        for b in kinds[:, j].unique().tolist():
+            if b >= 0:
+                rows = (kinds[:, j] == b).nonzero().squeeze(1)
+                bank = changed(bank, **{slot: changed(bank[slot], **{names[b]: zero_rows(bank[slot, names[b]], rows)})})
     return bank
 
 

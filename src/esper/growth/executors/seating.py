@@ -61,17 +61,16 @@ def demand(chosen: Sequence[Tensor], kinds: int) -> Capacity:
 
 
 def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int]) -> Capacity:
-    """Capacity for `wanted` and no less than `held`: half as much again, in steps of powers of two, so that a run
-    soon stops needing more. `limits[j]` bounds each entry of slot `j`."""
+    """Capacity for `wanted` and no less than `held`. What one blueprint needs in a slot another may need tomorrow, so
+    every one of a slot gets at least half as much as the largest; all in steps of powers of two with half as much again
+    to spare, so that a run soon stops needing more. `limits[j]` bounds each entry of slot `j`."""
 
-    def roomy(need: int, have: int, limit: int) -> int:
-        if need <= have:
-            return have
-        return max(need, min(limit, 1 << (3 * need // 2 - 1).bit_length()))
+    def roomy(need: int, limit: int) -> int:
+        return max(need, min(limit, 1 << (3 * need // 2 - 1).bit_length())) if need else 0
 
     held = held or tuple(tuple(0 for _ in row) for row in wanted)
     return tuple(
-        tuple(roomy(need, have, limit) for need, have in zip(row, old, strict=True))
+        tuple(max(roomy(need, limit), have, roomy(max(row), limit) // 2) for need, have in zip(row, old, strict=True))
         for row, old, limit in zip(wanted, held, limits, strict=True)
     )
 

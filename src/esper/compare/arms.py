@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esper.build import build_controller, build_env
+from esper.build import build_controller
 from esper.checkpoint.store import find
 from esper.compare.bench import Bench
 from esper.compare.config import (
@@ -30,7 +30,7 @@ from esper.config import TrainingConfig, read_json
 from esper.control.heuristic import HeuristicSettings, heuristic
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
-from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
 from esper.errors import InputError
 from esper.events import EventLog
 from esper.growth.flops import FLOPS, TRAINING, Ledger
@@ -72,12 +72,13 @@ def run_arms(bench: Bench) -> None:
 
 
 def _never(bench: Bench, arm: Never, name: str) -> None:
-    search, scores = 0, {}
-    for rate in arm.host_lrs:
-        outcome = bench.tune(never_grow(), host_lr=rate)
-        scores[rate] = float(bench.objective(outcome).mean())
-        search += outcome.flops
-        bench.say(f"{name}: host_lr {rate:g}: {scores[rate]:.2f} on tuning seeds")
+    search, scores = 0, dict[float, float]()
+    for rates in bench.portions(arm.host_lrs):
+        trial = bench.tune(never_grow(), len(rates), tuple(rates))
+        scores |= dict(zip(rates, trial.objectives, strict=True))
+        search += trial.flops
+    for rate, score in scores.items():
+        bench.say(f"{name}: host_lr {rate:g}: {score:.2f} on tuning seeds")
     if scores:
         bench.host_lr = max(scores, key=lambda rate: scores[rate])
     chosen = {"host_lr": bench.host_lr, "tried": scores} if scores else {}
@@ -88,16 +89,15 @@ def _schedule(bench: Bench, arm: Schedule, name: str) -> None:
     spec, search = bench.judge.spec, 0
     tried: list[dict[str, Any]] = []
     points = points_of(arm, bench.config.shared)
-    controllers = [patient_schedule(point, spec.blueprints, spec.rules.max_epochs) for point in points]
-    for point, controller in zip(points, controllers, strict=True):
-        outcome = bench.tune(controller)
-        steps = [step.model_dump(exclude_none=True) for step in point]
-        tried.append({"steps": steps, "objective": float(bench.objective(outcome).mean())})
-        search += outcome.flops
-        bench.say(f"{name}: point {len(tried)} of {len(points)}: {tried[-1]['objective']:.2f} on tuning seeds")
+    for portion in bench.portions(points):
+        trial = bench.tune(patient_schedules(portion, spec.blueprints, spec.rules.max_epochs), len(portion))
+        search += trial.flops
+        for point, score in zip(portion, trial.objectives, strict=True):
+            tried.append({"steps": [step.model_dump(exclude_none=True) for step in point], "objective": score})
+        bench.say(f"{name}: {len(tried)} of {len(points)} points tried")
     best = max(range(len(tried)), key=lambda i: tried[i]["objective"])
-    chosen = {**tried[best], "tried": tried}
-    bench.evaluate(name, ScriptedPolicy(controllers[best]), chosen=chosen, search=search)
+    policy = ScriptedPolicy(patient_schedule(points[best], spec.blueprints, spec.rules.max_epochs))
+    bench.evaluate(name, policy, chosen={**tried[best], "tried": tried}, search=search)
 
 
 def _ppo(bench: Bench, arm: Ppo) -> None:
@@ -161,7 +161,7 @@ def _given(run_dir: Path, shared: TrainingConfig) -> TrainingConfig:
 
 def _static_final(bench: Bench, arm: StaticFinal, name: str) -> None:
     """Fossils train from the first epoch, even in a comparison that freezes them once they are grown."""
-    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds, freeze_fossils=False))
+    env = bench.env(bench.config.seeds, freeze_fossils=False)
     grown = bench.rows[arm.of].records
     bench.evaluate(name, ScriptedPolicy(never_grow()), env, grown=grown, chosen={"of": arm.of})
 
@@ -171,6 +171,6 @@ def _static_equal(bench: Bench, arm: StaticEqual, name: str) -> None:
     task = get_task(bench.config.shared.task)
     host, width = widened(bench.judge.spec.host, wanted)
     wide = replace(task, host=lambda: host)
-    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds), task=wide)
+    env = bench.env(bench.config.seeds, task=wide)
     chosen = {"of": arm.of, "width": width, "wanted_parameters": wanted}
     bench.evaluate(name, ScriptedPolicy(never_grow()), env, chosen=chosen)

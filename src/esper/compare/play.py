@@ -71,16 +71,18 @@ def play(
     policy: TensorDictModuleBase,
     role: Role,
     *,
-    host_lr: float | None = None,
+    host_lr: float | tuple[float, ...] | None = None,
+    copies: int = 1,
     greedy: bool = False,
     grown: TensorDict | None = None,
 ) -> Outcome:
     """Play the first episode of `role`: fresh hosts, `policy` decides, nothing is learned.
 
-    `host_lr` replaces the environment's; `greedy` takes the likeliest actions. With `grown`, the records `[N, S]`
-    of hosts at their end, every host starts with the seeds that took part in their value, as fossils, untrained.
+    `host_lr` replaces the environment's; with `copies` the hosts are that many times the same, and each copy may have
+    its own rate. `greedy` takes the likeliest actions. With `grown`, the records `[N, S]` of hosts at their end, every
+    host starts with the seeds that took part in their value, as fossils, untrained.
     """
-    settings = replace(env.settings, first_episode=int(role))
+    settings = replace(env.settings, first_episode=int(role), copies=copies)
     env.settings = settings if host_lr is None else replace(settings, host_lr=host_lr)
     env.state, env.finished = None, None
     ledger = Ledger(costs_of(env), env.settings.n_hosts)

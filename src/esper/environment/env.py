@@ -37,19 +37,21 @@ class EnvSettings:
     """Everything about an environment that is not the growth itself.
 
     `host_lr` and `seed_lr` are the hosts' base learning rates; `seed` is the run seed from which every draw derives.
+    The hosts are `copies` times the same hosts one after another, each copy with its own of several `host_lr`.
     Episodes are counted from `first_episode`; hosts of different episodes share nothing but the data. With `twins` what
     every host would have reached without seeds is known to the reward.
     """
 
     seed: int
     n_hosts: int
-    host_lr: float
+    host_lr: float | tuple[float, ...]
     seed_lr: float
     observation: ObservationSettings
     tracker: SignalTracker
     reward: RewardSettings
     first_episode: int = 0
     twins: bool = False
+    copies: int = 1
 
 
 class GrowthEnv(EnvBase):
@@ -186,9 +188,11 @@ class GrowthEnv(EnvBase):
         return observed
 
     def _fresh(self, episode: int) -> TensorDict:
-        n = self.settings.n_hosts
-        keys = k.host_keys(k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode), n)
-        host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
+        n, copies = self.settings.n_hosts, self.settings.copies
+        run = k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode)
+        keys = k.host_keys(run, n // copies).repeat(copies)
+        rates = torch.tensor(self.settings.host_lr, dtype=torch.float64)
+        host_lr = rates.expand(copies).repeat_interleave(n // copies)
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
         growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
         tracker = self.settings.tracker.start(metrics)

@@ -18,11 +18,13 @@ from esper.compare.play import Outcome, Role, accuracy_on_test, play
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import Controller
+from esper.control.transfer import Transferred
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import objective
 from esper.tasks import Task
 
 T = TypeVar("T")
+Learned = RecurrentPolicy | Transferred
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Bench:
     def evaluate(
         self,
         name: str,
-        policy: ScriptedPolicy | RecurrentPolicy,
+        policy: ScriptedPolicy | Learned,
         env: GrowthEnv | None = None,
         *,
         greedy: bool = False,

@@ -17,9 +17,11 @@ from esper.tasks import get_task
 DECIDED = ("controller", "schedule", "n_envs", "n_episodes")
 """Fields of a training that an arm decides."""
 LEARNING = (
+    "use_telemetry",
     "lstm_hidden_dim",
     "reward_family",
     "reward_mode",
+    "reward_baseline",
     "sparse_reward_scale",
     "lr",
     "clip_ratio",

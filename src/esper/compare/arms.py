@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 from esper.build import build_controller
 from esper.checkpoint.store import find
-from esper.compare.bench import Bench, Learned
+from esper.compare.bench import Bench
 from esper.compare.config import (
     Heuristic,
     Never,
@@ -38,6 +38,7 @@ from esper.environment.env import GrowthEnv
 from esper.errors import InputError
 from esper.events import EventLog
 from esper.growth.flops import FLOPS, TRAINING, Ledger
+from esper.learn.responses import Learned
 from esper.run import train
 from esper.seeds.slots import empty_records
 from esper.tasks import get_task

@@ -15,16 +15,14 @@ from torch import Tensor
 from esper.build import build_env
 from esper.compare.config import CompareConfig
 from esper.compare.play import Outcome, Role, accuracy_on_test, play
-from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import Controller
-from esper.control.transfer import Transferred
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import objective
+from esper.learn.responses import Learned, aimed
 from esper.tasks import Task
 
 T = TypeVar("T")
-Learned = RecurrentPolicy | Transferred
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,8 @@ class Row:
     """One row of the table. `validation`, `test` (percentage points), `objective`, `parameters`, `training` and
     `evaluation` (FLOPs) have one entry per seed. `chosen` is what was decided on tuning seeds; `search` are the FLOPs
     of all hosts that were trained for that or for the controller, `learning` those of the controller's own passes;
-    None where they are not known."""
+    None where they are not known. `stages` `[N, T, S]` is the stage of every slot in every epoch; `aimed`, of a learned
+    controller, what `esper.learn.responses.aimed` found."""
 
     name: str
     validation: Tensor
@@ -45,6 +44,8 @@ class Row:
     chosen: dict[str, Any]
     search: int | None
     learning: int | None
+    stages: Tensor
+    aimed: dict[str, tuple[Tensor, Tensor]]
 
 
 class Trial(NamedTuple):
@@ -127,6 +128,8 @@ class Bench:
             chosen=chosen or {},
             search=search,
             learning=learning,
+            stages=outcome.stages,
+            aimed={} if isinstance(policy, ScriptedPolicy) else aimed(policy, outcome.rollout),
         )
         self.rows[name] = row
         self.say(f"{name}: objective {float(row.objective.mean()):.2f}, test {float(row.test.mean()):.2f}")

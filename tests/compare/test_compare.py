@@ -225,6 +225,26 @@ def test_what_is_tried_side_by_side_is_what_it_would_be_alone(tmp_path: Path) ->
     assert len({point["objective"] for point in found[0][1][0]["tried"]}) == len(SWEEP)
 
 
+def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
+    """One rollout of two hosts: with twins it costs what two hosts cost that never grow, less the first scoring."""
+    fields = ("task", "slots", "max_epochs", "gates", "incubation", "lstm_hidden_dim")
+    with tiny_task():
+        training = tiny_config(max_epochs=3, incubation="none").to_dict()
+        kinds = {"plain": {}, "twin": {"reward_baseline": "twin"}, "narrow": {"use_telemetry": False}}
+        learners = [
+            {"kind": "ppo", "name": name, "episodes": 2, "hosts": 2, "learning": how} for name, how in kinds.items()
+        ]
+        config = comparison(training={name: training[name] for name in fields}, arms=[{"kind": "never"}, *learners])
+        judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
+        arms.run_arms(judged)
+        costs, alone = costs_of(judged.judge), (None, None, None)
+        epoch = costs.training(alone) + costs.evaluation(alone)
+    search = {name: judged.rows[f"{name}-greedy"].search for name in kinds}
+    assert search["twin"] - search["plain"] == 2 * 3 * epoch
+    widths = {name: json.loads((tmp_path / name / "config.json").read_text())["use_telemetry"] for name in kinds}
+    assert widths == {"plain": True, "twin": True, "narrow": False}
+
+
 def test_portions_are_even_and_in_order(tmp_path: Path) -> None:
     judged = Bench(CompareConfig.from_dict(comparison(tuning_seeds=3, hosts_at_once=10)), tmp_path, print)
     assert judged.portions(range(8)) == [range(2), range(2, 5), range(5, 8)]
@@ -257,7 +277,7 @@ def test_pictures_show_the_stages_and_the_responses() -> None:
     assert [tuple(pixel) for pixel in image[4]] == [grey, grey, blending, blending, fossil]
     assert bool((image[3] == 1).all())
     (panel,) = found["responses"].axes
-    assert [line.get_ydata() for line in panel.lines][0] == pytest.approx([0.9, 0.1])
+    assert next(line.get_ydata() for line in panel.lines) == pytest.approx([0.9, 0.1])
     assert list(pictures(rows[:1], summary[:1])) == ["compare"]
 
 

@@ -82,7 +82,9 @@ def response_picture(learned: Sequence[tuple[Row, Mapping[str, Any]]]) -> Figure
     middles = {b: (low + high) / 2 for b, low, high in zip(BINS, edges[:-1], edges[1:], strict=True)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(learned), 3.4), layout="constrained")
-        for panel, (row, entry) in zip(figure.subplots(1, len(learned), squeeze=False)[0], learned, strict=True):
+        for panel, (row, entry) in zip(
+            figure.subplots(1, len(learned), squeeze=False, sharex=True)[0], learned, strict=True
+        ):
             for op, (contribution, probability) in row.aimed.items():
                 found = entry["responses"][op]
                 panel.scatter(contribution, probability, s=6, alpha=0.25, color=OP_COLOURS[op], linewidths=0)

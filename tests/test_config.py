@@ -102,6 +102,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(field: str, value: ob
         ({"task": "pydocs", "blueprints": ["conv_light"]}, "blueprints[0]", "lora"),
         ({"blueprints": ["noop"]}, "blueprints[0]", "conv_light"),
         ({"reward_family": "loss", "reward_mode": "sparse"}, "reward_mode", "shaped"),
+        ({"reward_family": "loss", "reward_baseline": "twin"}, "reward_baseline", "use none"),
         ({"devices": ["cpu", "cpu"], "n_envs": 1}, "devices", "n_envs (1)"),
         ({"devices": ["cuda"]}, "devices[0]", "cuda:0"),
         ({"devices": ["cpu", "tpu:0"]}, "devices[1]", "cuda:<index>"),

@@ -51,6 +51,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "lstm_hidden_dim": (8, {}),
     "reward_family": ("loss", {}),
     "reward_mode": ("sparse", {}),
+    "reward_baseline": ("twin", {}),
     "param_budget": (77, {}),
     "param_penalty_weight": (0.3, {}),
     "sparse_reward_scale": (2.0, {}),

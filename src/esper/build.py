@@ -151,6 +151,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
             use_telemetry=config.use_telemetry,
         ),
         tracker=SignalTracker(),
+        twins=config.reward_baseline == "twin",
         reward=RewardSettings(
             family=config.reward_family,
             mode=config.reward_mode,

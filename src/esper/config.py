@@ -25,6 +25,8 @@ _QUICK = {"lr": 1e-3, "ppo_updates_per_batch": 8, "entropy_coef": 0.01}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"task": "digits", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
+    "digits_wide": {"task": "digits_wide", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
+    "digits_deep": {"task": "digits_deep", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
     "synthetic": {"task": "synthetic", "slots": _ALL_SLOTS},
     "mnist": {"task": "mnist", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
     "pydocs": {"task": "pydocs", "slots": _ALL_SLOTS, "n_envs": 8},

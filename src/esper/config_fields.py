@@ -152,6 +152,8 @@ class Fields(BaseModel):
     """Pay for what seeds contribute to accuracy, or for the course of the loss."""
     reward_mode: Literal["shaped", "sparse", "minimal"] = "shaped"
     """Pay every epoch, only at the end, or at the end minus a price for early culls."""
+    reward_baseline: Literal["none", "twin"] = "none"
+    """Pay for the objective, or for what it is above that of a twin without seeds, at the cost of training the twin."""
     param_budget: Annotated[int, Field(ge=1)] | None = None
     """Parameters that cost one full param_penalty_weight; null for four times the host's own."""
     param_penalty_weight: NotNegative = 0.1

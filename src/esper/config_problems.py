@@ -144,6 +144,9 @@ def _learner(config: Fields) -> Iterator[Finding]:
     if config.reward_family == "loss" and config.reward_mode != "shaped":
         legal = "the loss family knows only the shaped mode"
         yield Finding("reward_mode", config.reward_mode, legal, ("reward_family",))
+    if config.reward_family == "loss" and config.reward_baseline != "none":
+        legal = "the loss family does not pay for the objective; use none"
+        yield Finding("reward_baseline", config.reward_baseline, legal, ("reward_family",))
     for name in ("entropy_coef", "entropy_coef_start", "entropy_coef_end"):
         weight = getattr(config, name)
         if weight is not None and weight < config.entropy_coef_min:

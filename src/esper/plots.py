@@ -28,7 +28,7 @@ STAGE_COLOURS = {
 }
 """Stages in which a slot holds a seed, in the order of its life."""
 
-_EMPTY, _INK, _FAINT, _CULL = "#eceef1", "#22303c", "#9aa5b1", "#c8374a"
+EMPTY, _INK, _FAINT, _CULL = "#eceef1", "#22303c", "#9aa5b1", "#c8374a"
 _MAX_HOSTS = 4
 STYLE = {
     "font.size": 9.0,
@@ -172,7 +172,7 @@ def _accuracy(axes: Axes, epochs: Sequence[Event], events: Sequence[Event], host
 
 def _strips(axes: Axes, events: Sequence[Event], slots: Sequence[str], end: int) -> None:
     for lane, slot in enumerate(slots):
-        axes.barh(lane, end, height=0.42, color=_EMPTY, linewidth=0)
+        axes.barh(lane, end, height=0.42, color=EMPTY, linewidth=0)
         mine = [event for event in events if event["slot"] == slot]
         labelled_to, labelled = -1.0, -1
         for span in spans(mine, end):

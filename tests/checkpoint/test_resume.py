@@ -115,6 +115,15 @@ def test_a_resumed_run_ends_like_one_left_alone(reference: Reference, tmp_path: 
     same_end(reference, folder, *resume(folder, **SMALL))
 
 
+def test_twins_are_taken_up_again(tmp_path: Path) -> None:
+    """Before they have run, halfway through an episode, and at the end of one."""
+    fields = {**SMALL, "reward_baseline": "twin"}
+    reference = Reference(tmp_path / "reference", **fields)
+    for cut in (0, 2, EPOCHS):
+        folder = reference.cut(cut, tmp_path / f"run-{cut}")
+        same_end(reference, folder, *resume(folder, **fields))
+
+
 def test_the_cut_points_have_seeds_moments_and_statistics(reference: Reference) -> None:
     """What makes the test above a test: the states that were cut hold something of everything."""
     snapshot = reference.moments[CUTS["within an episode with grown hosts"]][1]()

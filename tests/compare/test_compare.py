@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from tensordict import TensorDict
 
 from engine import run, tiny_config, tiny_task
 from esper import keys as k
@@ -16,9 +18,11 @@ from esper.build import build_controller, build_env
 from esper.checkpoint.store import find
 from esper.compare import arms, bench
 from esper.compare.__main__ import main
-from esper.compare.bench import Bench
+from esper.compare.bench import Bench, Row
 from esper.compare.config import CompareConfig
+from esper.compare.picture import pictures
 from esper.compare.play import Role, accuracy_on_test, costs_of, play
+from esper.compare.table import summarise
 from esper.compare.widen import size, widened
 from esper.config import ConfigError
 from esper.control.policy import RecurrentPolicy
@@ -30,6 +34,7 @@ from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.cnn import CNNHost
 from esper.hosts.transformer import TransformerHost
 from esper.keys import Purpose
+from esper.plots import EMPTY, STAGE_COLOURS
 from esper.seeds.stages import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +78,8 @@ def test_every_arm_has_its_row(smoke, found) -> None:
             assert entry[name]["mean"] == pytest.approx(sum(entry["seeds"][name]) / 2)
     table = [line for line in (out / "compare.md").read_text().splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == ROWS
-    for name in ("compare.png", "compare.svg"):
-        assert (out / name).stat().st_size > 0
+    for name in ("compare", "lifecycles", "responses"):
+        assert all((out / f"{name}.{kind}").stat().st_size > 0 for kind in ("png", "svg"))
     assert f"--config {SMOKE}" in found["command"]
     assert {"python", "torch", "esper"} <= found["versions"].keys()
     assert CompareConfig.from_dict(found["config"]) == CompareConfig.from_json_path(SMOKE)
@@ -102,7 +107,7 @@ def test_what_was_chosen_is_the_best_of_what_was_tried(found) -> None:
     rates = rows["never"]["chosen"]
     assert rates["tried"][str(rates["host_lr"])] == max(rates["tried"].values())
     schedule = rows["schedule"]["chosen"]
-    assert len(schedule["tried"]) == 2
+    assert len(schedule["tried"]) == 4
     assert schedule["objective"] == max(point["objective"] for point in schedule["tried"])
 
 
@@ -116,6 +121,16 @@ def test_operations_of_the_search_are_reported_apart(found) -> None:
     ppo = rows["ppo-greedy"]["search_flops"]
     assert ppo["hosts"] >= 4 * (never["training"] + never["evaluation"])
     assert ppo["controller"] > 0
+
+
+def test_learned_rows_say_how_they_respond_to_contributions(smoke, found) -> None:
+    table = (smoke[0] / "compare.md").read_text()
+    for entry in found["arms"]:
+        assert ("responses" in entry) == entry["name"].startswith("ppo")
+        for op, row in entry.get("responses", {}).items():
+            assert op in ("CULL", "FOSSILIZE")
+            assert (row["count"] > 0) == (row["means"] != {})
+            assert f"{op} {'none' if row['rank_correlation'] is None else ''}" in table
 
 
 def test_the_final_architecture_is_that_of_the_row_it_names(found) -> None:
@@ -178,6 +193,94 @@ def test_a_wider_host_has_at_least_the_parameters_asked_for() -> None:
         widened(object(), 1)  # type: ignore[arg-type]
 
 
+SWEEP = [
+    [("germinate", "late", "conv_light", 0), ("fossilize", "late", None, 0)],
+    [("germinate", "late", "norm", 0), ("germinate", "mid", "norm", 0), ("cull", "late", None, 2)],
+    [("germinate", "early", "conv_light", 1)],
+    [("germinate", "mid", "conv_light", 0), ("fossilize", "mid", None, 0)],
+    [("germinate", "late", "norm", 2)],
+]
+
+
+def test_what_is_tried_side_by_side_is_what_it_would_be_alone(tmp_path: Path) -> None:
+    """Schedules and rates, in portions of three and two or one by one: the same scores and operations, to the bit."""
+    names = ("op", "slot", "blueprint", "epoch")
+    points = [[{n: v for n, v in zip(names, s, strict=True) if v is not None} for s in point] for point in SWEEP]
+    never = {"kind": "never", "host_lrs": [0.05, 0.1, 0.2]}
+    found = []
+    with tiny_task():
+        training = tiny_config(max_epochs=4, incubation="none", blueprints=["conv_light", "norm"]).to_dict()
+        fields = ("task", "slots", "blueprints", "max_epochs", "gates", "incubation", "seed")
+        for at_once in (7, 2):
+            config = comparison(
+                training={name: training[name] for name in fields},
+                tuning_seeds=2,
+                hosts_at_once=at_once,
+                arms=[never, {"kind": "schedule", "points": points}],
+            )
+            judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
+            arms.run_arms(judged)
+            found.append([(row.chosen, row.search, row.objective.tolist()) for row in judged.rows.values()])
+    assert found[0] == found[1]
+    assert len({point["objective"] for point in found[0][1][0]["tried"]}) == len(SWEEP)
+
+
+def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
+    """One rollout of two hosts: with twins it costs what two hosts cost that never grow, less the first scoring."""
+    fields = ("task", "slots", "max_epochs", "gates", "incubation", "lstm_hidden_dim")
+    with tiny_task():
+        training = tiny_config(max_epochs=3, incubation="none").to_dict()
+        kinds = {"plain": {}, "twin": {"reward_baseline": "twin"}, "narrow": {"use_telemetry": False}}
+        learners = [
+            {"kind": "ppo", "name": name, "episodes": 2, "hosts": 2, "learning": how} for name, how in kinds.items()
+        ]
+        config = comparison(training={name: training[name] for name in fields}, arms=[{"kind": "never"}, *learners])
+        judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
+        arms.run_arms(judged)
+        costs, alone = costs_of(judged.judge), (None, None, None)
+        epoch = costs.training(alone) + costs.evaluation(alone)
+    search = {name: judged.rows[f"{name}-greedy"].search for name in kinds}
+    assert search["twin"] - search["plain"] == 2 * 3 * epoch
+    widths = {name: json.loads((tmp_path / name / "config.json").read_text())["use_telemetry"] for name in kinds}
+    assert widths == {"plain": True, "twin": True, "narrow": False}
+
+
+def test_portions_are_even_and_in_order(tmp_path: Path) -> None:
+    judged = Bench(CompareConfig.from_dict(comparison(tuning_seeds=3, hosts_at_once=10)), tmp_path, print)
+    assert judged.portions(range(8)) == [range(2), range(2, 5), range(5, 8)]
+    assert judged.portions(range(3)) == [range(3)]
+    assert judged.portions([]) == []
+
+
+def test_pictures_show_the_stages_and_the_responses() -> None:
+    stages = torch.full((2, 5, 3), int(Stage.DORMANT))
+    stages[1, 2:, 0] = Stage.BLENDING
+    stages[1, 4, 0] = Stage.FOSSILIZED
+    aimed = {
+        "CULL": (torch.tensor([-2.0, 0.5]), torch.tensor([0.9, 0.1])),
+        "FOSSILIZE": (torch.zeros(0), torch.zeros(0)),
+    }
+    values = dict.fromkeys(("validation", "test", "objective", "parameters", "training", "evaluation"), torch.ones(2))
+    rows = [
+        Row(name, **values, records=TensorDict(), chosen={}, search=0, learning=0, stages=s, aimed=a)
+        for name, s, a in (("never", torch.ones_like(stages), {}), ("ppo-greedy", stages, aimed))
+    ]
+    summary = summarise(rows, k.root(0))
+    assert summary[1]["responses"]["CULL"]["rank_correlation"] == pytest.approx(-1.0)
+    assert summary[1]["responses"]["FOSSILIZE"] == {"rank_correlation": None, "count": 0, "means": {}}
+    found = pictures(rows, summary)
+    assert list(found) == ["compare", "lifecycles", "responses"]
+    (panel,) = found["lifecycles"].axes
+    image = panel.images[0].get_array()
+    assert image.shape == (2 * 4, 5, 3)
+    grey, blending, fossil = (to_rgb(c) for c in (EMPTY, STAGE_COLOURS["BLENDING"], STAGE_COLOURS["FOSSILIZED"]))
+    assert [tuple(pixel) for pixel in image[4]] == [grey, grey, blending, blending, fossil]
+    assert bool((image[3] == 1).all())
+    (panel,) = found["responses"].axes
+    assert next(line.get_ydata() for line in panel.lines) == pytest.approx([0.9, 0.1])
+    assert list(pictures(rows[:1], summary[:1])) == ["compare"]
+
+
 def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
     training = {"task": "digits", "slots": ["early", "mid", "late"], "max_epochs": 4}
     steps = [{"epoch": 0, "op": "germinate", "slot": "mid", "blueprint": "conv_light"}]
@@ -199,6 +302,8 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
         ({"arms": [{"kind": "never"}, {"kind": "schedule"}]}, "points or grid is needed"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"epochs": [4]}}]}, "epoch 4: must be at most 3"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"blueprints": ["x"]}}]}, "blueprint 'x'"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"slots": [["mid"]]}}]}, "slots[0]"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"slots": [["mid", "mid"]]}}]}, "twice"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"seed": 1}}]}, r"learning.seed: 1: must be one of"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"lr": -1.0}}]}, r"learning.lr: -1.0: must be"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "run": "r", "learning": {"lr": 0.1}}]}, "means nothing"),
@@ -217,6 +322,23 @@ def test_a_grid_has_a_point_for_every_combination() -> None:
     assert len(points) == 5 * 3 * 2
     assert len(set(points)) == len(points)
     assert {tuple(step.op for step in point) for point in points} == {("germinate", "fossilize")}
+
+
+def test_a_grid_may_plant_several_slots() -> None:
+    """Three blueprints, four choices of slots and three epochs are a sweep of 36 points."""
+    slots = ["late", ["mid", "late"], ["late", "early"], ["early", "mid", "late"]]
+    grid = {"blueprints": ["norm", "conv_light", "conv_expand"], "slots": slots, "epochs": [0, 1, 2]}
+    config = CompareConfig.from_dict(comparison(arms=[{"kind": "never"}, {"kind": "schedule", "grid": grid}]))
+    points = arms.points_of(config.arms[1], config.shared)
+    assert len(set(points)) == 36
+    point = next(p for p in points if len(p) == 4 and p[0].slot == "late" and p[0].epoch == 1)
+    assert [(s.op, s.slot, s.epoch) for s in point] == [
+        ("germinate", "late", 1),
+        ("germinate", "early", 1),
+        ("fossilize", "late", 1),
+        ("fossilize", "early", 1),
+    ]
+    assert CompareConfig.from_dict(config.to_dict()) == config
 
 
 def test_the_command_line_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from esper import keys as k
 from esper.compare import statistics
-from esper.compare.statistics import difference, interval
+from esper.compare.statistics import difference, interval, rank_correlation
 
 KEY = k.root(1)
 
@@ -78,3 +79,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
         interval(torch.tensor([1.0, math.nan]), KEY)
     with pytest.raises(ValueError, match="pairs"):
         difference(torch.ones(2), torch.ones(3), KEY)
+
+
+def test_rank_correlation_is_that_of_scipy() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 5, (50,), generator=g).float()
+    y = x + torch.randn(50, generator=g).round()
+    assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert rank_correlation(x, torch.exp(3 * x)) == pytest.approx(1.0)
+    assert rank_correlation(x, torch.ones(50)) is None
+    assert rank_correlation(x[:0], y[:0]) is None

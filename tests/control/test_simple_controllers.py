@@ -8,7 +8,7 @@ from tensordict import TensorDict
 
 from esper import keys as k
 from esper.control.heuristic import HeuristicSettings, heuristic
-from esper.control.simple import fixed_schedule, never_grow, patient_schedule, random_legal
+from esper.control.simple import fixed_schedule, never_grow, patient_schedule, patient_schedules, random_legal
 from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.environment.rewards import RewardSettings
@@ -99,14 +99,49 @@ def test_schedules_refuse_what_does_not_exist(steps, named):
 
 
 def test_patient_schedule_waits_until_each_step_is_possible():
-    steps = [Entry(2, "germinate", "mid", "b"), Entry(3, "fossilize", "mid"), Entry(0, "germinate", "late", "a")]
+    steps = [Entry(2, "germinate", "mid", "b"), Entry(3, "fossilize", "mid"), Entry(0, "germinate", "mid", "a")]
     results, _, _ = play(patient_schedule(steps, KINDS, 25), TOY, **WORLD)
-    ops = [result["outcome", "op"][0].item() for result in results]
-    acted = [epoch for epoch, op in enumerate(ops) if op != Op.WAIT]
-    assert [ops[epoch] for epoch in acted] == [Op.GERMINATE, Op.FOSSILIZE, Op.GERMINATE]
-    assert acted[0] == 2
-    assert acted[2] == acted[1] + 1
-    assert results[acted[1] - 1]["after", "stage"][0, 1] == Stage.PROBATIONARY
+    acted = done(results, host=0)
+    assert acted[0] == (2, Op.GERMINATE, 1, 1)
+    assert acted[1][1:3] == (Op.FOSSILIZE, 1)
+    assert len(acted) == 2, "nothing can be planted where a fossil is"
+    assert results[acted[1][0] - 1]["after", "stage"][0, 1] == Stage.PROBATIONARY
+
+
+def done(results, host):
+    """What was done to a host: epoch, op, slot, blueprint planted or -1."""
+    found = []
+    for epoch, result in enumerate(results):
+        op, slot = int(result["outcome", "op"][host]), int(result["outcome", "slot"][host])
+        if op != Op.WAIT:
+            found.append((epoch, op, slot, int(result["lived", "blueprint"][host, slot]) if op == Op.GERMINATE else -1))
+    return found
+
+
+def test_slots_of_a_patient_schedule_do_not_wait_for_each_other():
+    """A seed that never earns its place takes nothing from the others; of two that are due the first comes first."""
+    removal = torch.tensor([-3.0, 4.0, 4.0, 4.0, 4.0])
+    planted = [Entry(2, "germinate", "early", "a"), Entry(2, "germinate", "late", "b")]
+    steps = [*planted, Entry(2, "fossilize", "early"), Entry(2, "fossilize", "late")]
+    results, _, _ = play(patient_schedule(steps, KINDS, 25), TOY, value=WORLD["value"], removal=removal)
+    acted = done(results, host=0)
+    assert acted[:2] == [(2, Op.GERMINATE, 0, 0), (3, Op.GERMINATE, 2, 1)]
+    assert [entry[1:3] for entry in acted[2:]] == [(Op.FOSSILIZE, 2)]
+
+
+def test_schedules_side_by_side_are_what_they_are_alone():
+    schedules = [
+        [Entry(1, "germinate", "mid", "b"), Entry(1, "fossilize", "mid")],
+        [Entry(4, "germinate", "early", "a")],
+        [Entry(0, "germinate", "late", "b"), Entry(0, "germinate", "mid", "b"), Entry(9, "cull", "mid")],
+    ]
+    together, _, _ = play(patient_schedules(schedules, KINDS, 25), TOY, **WORLD, n_hosts=6)
+    for i, steps in enumerate(schedules):
+        alone, _, _ = play(patient_schedule(steps, KINDS, 25), TOY, **WORLD, n_hosts=1)
+        assert [entry[:3] for entry in done(alone, 0)] != []
+        planted = [entry for entry in done(alone, 0) if entry[1] == Op.GERMINATE]
+        for host in (2 * i, 2 * i + 1):
+            assert [entry for entry in done(together, host) if entry[1] == Op.GERMINATE] == planted
 
 
 @pytest.mark.parametrize("wide", [True, False])

@@ -94,6 +94,14 @@ def test_sparse(parameters, scale, terminal, expected):
     assert component("total", result, settings, terminal) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("shaped", 0.1 * (5 - 3)), ("sparse", 0.75 - 0.68), ("minimal", 0.07)])
+def test_a_twin_is_subtracted_from_the_objective(mode, expected):
+    settings = RewardSettings(0.995, 25, 10_000, 500_000, mode=mode)
+    result = make_result(make_records(None), val_accuracy=75.0, previous_val_accuracy=70.0)
+    result["twin"] = torch.tensor([[65.0, 68.0]])
+    assert component("objective", result, settings, terminal=True) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize(("age", "expected"), [(3, -0.1), (5, 0.0)])
 def test_minimal_charges_early_culls(age, expected):
     settings = RewardSettings(0.995, 25, 10_000, 500_000, mode="minimal")

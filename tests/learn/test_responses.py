@@ -1,12 +1,14 @@
 """What the controller was about to do, by measured contribution: against a plain loop, and where there is nothing."""
 
+import itertools
+
 import pytest
 import torch
 from tensordict import TensorDict
 
 from esper.control.policy import RecurrentPolicy
 from esper.environment.observation import FEATURES, INDEX
-from esper.learn.responses import BINS, responses
+from esper.learn.responses import BINS, aimed, responses
 from esper.seeds.actions import SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import Stage
@@ -72,6 +74,26 @@ def test_means_are_those_of_a_plain_loop() -> None:
             expected |= {f"response/{op}/{b}": sum(values) / len(values) for op, values in by_op.items()}
     assert len(expected) > 20
     assert responses(policy, rows) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_an_op_was_aimed_at_is_counted_where_it_is_legal() -> None:
+    policy, rows = RecurrentPolicy(len(FEATURES), H, seed=0), rollout()
+    with torch.no_grad():
+        actions, _ = policy.evaluate(rows)
+    found = aimed(policy, rows)
+    assert list(found) == ["CULL", "FOSSILIZE"]
+    for op in (Op.CULL, Op.FOSSILIZE):
+        expected = []
+        for i, t, place in itertools.product(range(N), range(T), range(3)):
+            stage, points = int(rows["codes"][i, t, place]), float(rows["points"][i, t, place])
+            measured = stage == Stage.PROBATIONARY or (stage == Stage.BLENDING and points != 0)
+            if measured and bool(rows["mask_slot"][i, t, op, place]):
+                z = torch.where(rows["mask_slot"][i, t, op], actions.logits[i, t, SLOT, :3], -torch.inf)
+                expected.append((points, float(actions.op.probs[i, t, op]) * float(z.softmax(-1)[place])))
+        assert len(expected) > 5
+        points, chances = (torch.tensor(column) for column in zip(*expected, strict=True))
+        assert torch.allclose(found[op.name][0], points, atol=1e-4)
+        assert torch.allclose(found[op.name][1], chances, atol=1e-6)
 
 
 def test_culling_is_counted_where_it_is_aimed() -> None:

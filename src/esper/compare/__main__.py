@@ -1,8 +1,8 @@
 """Does growing pay? `python -m esper.compare --config compare.json --out DIR` runs every arm on the same fresh seeds.
 
-`DIR` gets `compare.json` (everything, the values of every seed too), `compare.md` (the table), `compare.png` and
-`compare.svg`, and the directory of every controller that was trained. Exit codes: 0 done, 2 bad input, 1 stopped on the
-way.
+`DIR` gets `compare.json` (everything, the values of every seed too), `compare.md` (the table), three pictures
+(`compare`, `lifecycles`, `responses`, as png and svg), and the directory of every controller that was trained. Exit
+codes: 0 done, 2 bad input, 1 stopped on the way.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
     from esper.checkpoint.store import versions
     from esper.compare.arms import run_arms
     from esper.compare.bench import Bench
-    from esper.compare.picture import comparison_picture, save_comparison
+    from esper.compare.picture import pictures, save
     from esper.compare.table import markdown, summarise
     from esper.devices import check_devices
 
@@ -76,7 +76,8 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
     }
     write_json(out / "compare.json", about)
     (out / "compare.md").write_text(markdown(summary, about), encoding="utf-8")
-    save_comparison(comparison_picture(summary), out)
+    for name, figure in pictures(list(bench.rows.values()), summary).items():
+        save(figure, out, name)
 
 
 if __name__ == "__main__":

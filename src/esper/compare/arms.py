@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esper.build import build_controller, build_env
+from tensordict import TensorDict
+
+from esper.build import build_controller
 from esper.checkpoint.store import find
 from esper.compare.bench import Bench
 from esper.compare.config import (
@@ -30,10 +32,13 @@ from esper.config import TrainingConfig, read_json
 from esper.control.heuristic import HeuristicSettings, heuristic
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
-from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
+from esper.control.transfer import Transferred
+from esper.environment.env import GrowthEnv
 from esper.errors import InputError
 from esper.events import EventLog
 from esper.growth.flops import FLOPS, TRAINING, Ledger
+from esper.learn.responses import Learned
 from esper.run import train
 from esper.seeds.slots import empty_records
 from esper.tasks import get_task
@@ -72,12 +77,13 @@ def run_arms(bench: Bench) -> None:
 
 
 def _never(bench: Bench, arm: Never, name: str) -> None:
-    search, scores = 0, {}
-    for rate in arm.host_lrs:
-        outcome = bench.tune(never_grow(), host_lr=rate)
-        scores[rate] = float(bench.objective(outcome).mean())
-        search += outcome.flops
-        bench.say(f"{name}: host_lr {rate:g}: {scores[rate]:.2f} on tuning seeds")
+    search, scores = 0, dict[float, float]()
+    for rates in bench.portions(arm.host_lrs):
+        trial = bench.tune(never_grow(), len(rates), tuple(rates))
+        scores |= dict(zip(rates, trial.objectives, strict=True))
+        search += trial.flops
+    for rate, score in scores.items():
+        bench.say(f"{name}: host_lr {rate:g}: {score:.2f} on tuning seeds")
     if scores:
         bench.host_lr = max(scores, key=lambda rate: scores[rate])
     chosen = {"host_lr": bench.host_lr, "tried": scores} if scores else {}
@@ -88,48 +94,74 @@ def _schedule(bench: Bench, arm: Schedule, name: str) -> None:
     spec, search = bench.judge.spec, 0
     tried: list[dict[str, Any]] = []
     points = points_of(arm, bench.config.shared)
-    controllers = [patient_schedule(point, spec.blueprints, spec.rules.max_epochs) for point in points]
-    for point, controller in zip(points, controllers, strict=True):
-        outcome = bench.tune(controller)
-        steps = [step.model_dump(exclude_none=True) for step in point]
-        tried.append({"steps": steps, "objective": float(bench.objective(outcome).mean())})
-        search += outcome.flops
-        bench.say(f"{name}: point {len(tried)} of {len(points)}: {tried[-1]['objective']:.2f} on tuning seeds")
+    for portion in bench.portions(points):
+        trial = bench.tune(patient_schedules(portion, spec.blueprints, spec.rules.max_epochs), len(portion))
+        search += trial.flops
+        for point, score in zip(portion, trial.objectives, strict=True):
+            tried.append({"steps": [step.model_dump(exclude_none=True) for step in point], "objective": score})
+        bench.say(f"{name}: {len(tried)} of {len(points)} points tried")
     best = max(range(len(tried)), key=lambda i: tried[i]["objective"])
-    chosen = {**tried[best], "tried": tried}
-    bench.evaluate(name, ScriptedPolicy(controllers[best]), chosen=chosen, search=search)
+    policy = ScriptedPolicy(patient_schedule(points[best], spec.blueprints, spec.rules.max_epochs))
+    bench.evaluate(name, policy, chosen={**tried[best], "tried": tried}, search=search)
 
 
 def _ppo(bench: Bench, arm: Ppo) -> None:
-    search = learning = None
+    shared, search, learning = bench.config.shared, None, None
     if arm.run is None:
-        training = ppo_training(arm, bench.config.shared)
+        training = ppo_training(arm, shared)
         if bench.host_lr is not None:
             training = training.replace(host_lr=bench.host_lr)
-        run_dir = bench.out / (arm.name or arm.kind)
-        ledger = Ledger(costs_of(bench.judge), training.n_envs)
-        rollouts = -(-training.n_episodes // training.n_envs)
-        empty = empty_records(training.n_envs, len(bench.judge.spec.slots))
-        with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
-            train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
-        for _ in range(rollouts):
-            ledger.reset(empty)
-        search = int(ledger.total.sum())
+        run_dir, search = bench.out / (arm.name or arm.kind), _trained(bench, arm, training)
     else:
         run_dir = Path(arm.run)
-        training = _given(run_dir, bench.config.shared)
-    policy = build_controller(training, bench.judge)
+        training = _given(run_dir, shared)
+    env = bench.judge
+    if training.use_telemetry != shared.use_telemetry:
+        env = bench.env(bench.config.seeds, use_telemetry=training.use_telemetry)
+    policy, step = _learned(run_dir, training, env)
+    if search is not None:
+        learning = learning_flops(policy, training, env.spec.rules.max_epochs)
+    names = _blueprints(training)
+    chosen = {"run": str(run_dir), "checkpoint": step, "task": training.task, "blueprints": list(names)}
+    judged: Learned = policy
+    if names != env.spec.blueprints:
+        try:
+            judged = Transferred(policy, names, env.spec.blueprints)
+        except ValueError as error:
+            raise InputError([f'run: "{run_dir}": {error}']) from error
+    for name, greedy in zip(arm.rows, (True, False), strict=True):
+        bench.evaluate(name, judged, env, greedy=greedy, chosen=chosen, search=search, learning=learning)
+
+
+def _trained(bench: Bench, arm: Ppo, training: TrainingConfig) -> int:
+    """Train a controller; returns the FLOPs of all hosts and twins."""
+    run_dir = bench.out / (arm.name or arm.kind)
+    costs, empty = costs_of(bench.judge), empty_records(training.n_envs, len(bench.judge.spec.slots))
+    ledger = Ledger(costs, training.n_envs)
+    with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
+        train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
+    for _ in range(-(-training.n_episodes // training.n_envs)):
+        ledger.reset(empty)
+        if training.reward_baseline == "twin":
+            for _ in range(bench.judge.spec.rules.max_epochs):
+                ledger.add(TensorDict({"lived": empty}))
+    return int(ledger.total.sum())
+
+
+def _learned(run_dir: Path, training: TrainingConfig, env: GrowthEnv) -> tuple[RecurrentPolicy, int]:
+    """The controller of a run's last checkpoint, and its step. Raises InputError if its weights do not fit."""
+    policy = build_controller(training, env)
     assert isinstance(policy, RecurrentPolicy), "only a learner is trained"
     _, snapshot = find(run_dir, run_dir)
     try:
         policy.load_state_dict(dict(snapshot.parts["learner"]["weights"].items()))
     except RuntimeError as error:
         raise InputError([f'run: "{run_dir}": its controller does not fit: {str(error).splitlines()[-1]}']) from error
-    if search is not None:
-        learning = learning_flops(policy, training, bench.judge.spec.rules.max_epochs)
-    for name, greedy in zip(arm.rows, (True, False), strict=True):
-        chosen = {"run": str(run_dir), "checkpoint": snapshot.step}
-        bench.evaluate(name, policy, greedy=greedy, chosen=chosen, search=search, learning=learning)
+    return policy, snapshot.step
+
+
+def _blueprints(training: TrainingConfig) -> tuple[str, ...]:
+    return training.blueprints or get_task(training.task).blueprints
 
 
 def learning_flops(policy: RecurrentPolicy, training: TrainingConfig, max_epochs: int) -> int:
@@ -143,15 +175,12 @@ def learning_flops(policy: RecurrentPolicy, training: TrainingConfig, max_epochs
 def _given(run_dir: Path, shared: TrainingConfig) -> TrainingConfig:
     """The configuration of a finished run whose controller can be judged here without having seen the hosts' data."""
     trained = TrainingConfig.from_dict(read_json(run_dir / "config.json"))
-    fields = ["use_telemetry"]
-    if trained.task == shared.task:
-        fields += ["seed", "blueprints"]
-    problems = [
-        f'run: "{run_dir}": was trained with {name} {getattr(trained, name)!r}, the comparison has '
-        f"{getattr(shared, name)!r}; they must be equal"
-        for name in fields
-        if getattr(trained, name) != getattr(shared, name)
-    ]
+    problems = []
+    if get_task(trained.task).load is get_task(shared.task).load and trained.seed != shared.seed:
+        problems.append(
+            f'run: "{run_dir}": was trained on the same data with seed {trained.seed}, the comparison has '
+            f"{shared.seed}; they must be equal, or it has seen what it is judged on"
+        )
     if trained.controller != "ppo":
         problems.append(f'run: "{run_dir}": has controller {trained.controller!r}; must be ppo')
     if problems:
@@ -161,7 +190,7 @@ def _given(run_dir: Path, shared: TrainingConfig) -> TrainingConfig:
 
 def _static_final(bench: Bench, arm: StaticFinal, name: str) -> None:
     """Fossils train from the first epoch, even in a comparison that freezes them once they are grown."""
-    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds, freeze_fossils=False))
+    env = bench.env(bench.config.seeds, freeze_fossils=False)
     grown = bench.rows[arm.of].records
     bench.evaluate(name, ScriptedPolicy(never_grow()), env, grown=grown, chosen={"of": arm.of})
 
@@ -171,6 +200,6 @@ def _static_equal(bench: Bench, arm: StaticEqual, name: str) -> None:
     task = get_task(bench.config.shared.task)
     host, width = widened(bench.judge.spec.host, wanted)
     wide = replace(task, host=lambda: host)
-    env = build_env(bench.config.shared.replace(n_envs=bench.config.seeds), task=wide)
+    env = bench.env(bench.config.seeds, task=wide)
     chosen = {"of": arm.of, "width": width, "wanted_parameters": wanted}
     bench.evaluate(name, ScriptedPolicy(never_grow()), env, chosen=chosen)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from esper.build import build_env
 from esper.compare.config import CompareConfig
 from esper.compare.play import Outcome, Role, accuracy_on_test, play
-from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import Controller
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import objective
+from esper.learn.responses import Learned, aimed
+from esper.tasks import Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Row:
     """One row of the table. `validation`, `test` (percentage points), `objective`, `parameters`, `training` and
     `evaluation` (FLOPs) have one entry per seed. `chosen` is what was decided on tuning seeds; `search` are the FLOPs
     of all hosts that were trained for that or for the controller, `learning` those of the controller's own passes;
-    None where they are not known."""
+    None where they are not known. `stages` `[N, T, S]` is the stage of every slot in every epoch; `aimed`, of a learned
+    controller, what `esper.learn.responses.aimed` found."""
 
     name: str
     validation: Tensor
@@ -39,6 +44,15 @@ class Row:
     chosen: dict[str, Any]
     search: int | None
     learning: int | None
+    stages: Tensor
+    aimed: dict[str, tuple[Tensor, Tensor]]
+
+
+class Trial(NamedTuple):
+    """The mean objective of each thing tried on the tuning hosts, and what all of it cost in FLOPs."""
+
+    objectives: list[float]
+    flops: int
 
 
 @dataclass
@@ -50,16 +64,17 @@ class Bench:
     say: Callable[[str], None]
     rows: dict[str, Row] = field(default_factory=dict)
     host_lr: float | None = None
+    _tuner: GrowthEnv | None = None
 
     @cached_property
     def judge(self) -> GrowthEnv:
         """The environment of the evaluation hosts."""
-        return build_env(self.config.shared.replace(n_envs=self.config.seeds))
+        return self.env(self.config.seeds)
 
-    @cached_property
-    def tuner(self) -> GrowthEnv:
-        """The environment of the tuning hosts."""
-        return build_env(self.config.shared.replace(n_envs=self.config.tuning_seeds))
+    def env(self, hosts: int, task: Task | None = None, **fields: Any) -> GrowthEnv:
+        """An environment of so many hosts; `fields` replace shared ones, `task` the one they name. Nobody learns from
+        its reward, so it has no twins."""
+        return build_env(self.config.shared.replace(n_envs=hosts, reward_baseline="none", **fields), task=task)
 
     def objective(self, outcome: Outcome) -> Tensor:
         """The project's objective `[N]`; parameters beyond those of an ungrown host have their price."""
@@ -67,15 +82,29 @@ class Bench:
         extra = outcome.parameters - reward.host_parameters
         return objective(outcome.accuracy, extra, reward.param_budget, reward.param_penalty_weight)
 
-    def tune(self, controller: Controller, env: GrowthEnv | None = None, host_lr: float | None = None) -> Outcome:
-        """How the tuning hosts fare."""
+    def tune(self, controller: Controller, tried: int, host_lr: tuple[float, ...] | None = None) -> Trial:
+        """How the tuning hosts fare under each of `tried` things at once. Hosts do not depend on each other, so every
+        thing meets them as if it were alone: `controller` treats equal shares of the hosts, in order, to one thing
+        each; `host_lr` are rates to try instead."""
+        hosts = tried * self.config.tuning_seeds
+        if self._tuner is None or self._tuner.settings.n_hosts != hosts:
+            self._tuner = self.env(hosts)
         rate = self.host_lr if host_lr is None else host_lr
-        return play(env or self.tuner, ScriptedPolicy(controller), Role.TUNING, host_lr=rate)
+        outcome = play(self._tuner, ScriptedPolicy(controller), Role.TUNING, host_lr=rate, copies=tried)
+        return Trial(self.objective(outcome).reshape(tried, -1).mean(1).tolist(), outcome.flops)
+
+    def portions(self, things: Sequence[T]) -> list[Sequence[T]]:
+        """What is tried side by side: `things` in order, in as few portions as `hosts_at_once` allows, of sizes that
+        differ by one at most."""
+        most = max(1, self.config.hosts_at_once // self.config.tuning_seeds)
+        count = -(-len(things) // most)
+        ends = [len(things) * i // max(1, count) for i in range(count + 1)]
+        return [things[a:b] for a, b in pairwise(ends)]
 
     def evaluate(
         self,
         name: str,
-        policy: ScriptedPolicy | RecurrentPolicy,
+        policy: ScriptedPolicy | Learned,
         env: GrowthEnv | None = None,
         *,
         greedy: bool = False,
@@ -99,6 +128,8 @@ class Bench:
             chosen=chosen or {},
             search=search,
             learning=learning,
+            stages=outcome.stages,
+            aimed={} if isinstance(policy, ScriptedPolicy) else aimed(policy, outcome.rollout),
         )
         self.rows[name] = row
         self.say(f"{name}: objective {float(row.objective.mean()):.2f}, test {float(row.test.mean()):.2f}")

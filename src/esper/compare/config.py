@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from esper.config import TrainingConfig, read_json
 from esper.config_fields import AsTuple, Positive, ScheduleStep, SlotName
@@ -17,9 +17,11 @@ from esper.tasks import get_task
 DECIDED = ("controller", "schedule", "n_envs", "n_episodes")
 """Fields of a training that an arm decides."""
 LEARNING = (
+    "use_telemetry",
     "lstm_hidden_dim",
     "reward_family",
     "reward_mode",
+    "reward_baseline",
     "sparse_reward_scale",
     "lr",
     "clip_ratio",
@@ -78,11 +80,21 @@ class Heuristic(_Arm):
     kind: Literal["heuristic"]
 
 
+def _distinct(slots: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(slots)) < len(slots):
+        raise ValueError("no slot may be named twice")
+    return slots
+
+
+Several = Annotated[tuple[SlotName, ...], Field(min_length=2), AsTuple, AfterValidator(_distinct)]
+
+
 class Grid(_Strict):
     """Every blueprint in every slot from every epoch on, planted and fossilised as soon as that is possible."""
 
-    slots: Annotated[tuple[SlotName, ...], Field(min_length=1), AsTuple] | None = None
-    """Null for all of the run's slots."""
+    slots: Annotated[tuple[SlotName | Several, ...], Field(min_length=1), AsTuple] | None = None
+    """Slots, or lists of slots that are all planted, one an epoch in the order given. Null for each of the run's slots
+    alone."""
     blueprints: Annotated[tuple[str, ...], Field(min_length=1), AsTuple] | None = None
     """Null for all of the run's blueprints."""
     epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AsTuple] = (0,)
@@ -96,7 +108,8 @@ class Schedule(_Arm):
 
     kind: Literal["schedule"]
     points: Annotated[tuple[Point, ...], AsTuple] = ()
-    """Schedules to try; each step is taken in the first epoch from its own on in which it is possible."""
+    """Schedules to try; each step is taken in the first epoch from its own on in which it is possible and those before
+    it at its slot are done."""
     grid: Grid | None = None
     """More of them, made by rule."""
 
@@ -149,6 +162,8 @@ class CompareConfig(_Strict):
     """Paired hosts on which every arm is judged."""
     tuning_seeds: Annotated[int, Field(ge=2, le=65536)] = 16
     """Other hosts, on which learning rates and schedules are chosen."""
+    hosts_at_once: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Rates and schedules are tried side by side, as many as make this many hosts; at least one at a time."""
     arms: Annotated[tuple[Arm, ...], Field(min_length=1), AsTuple]
     """What is compared; the first is never."""
 
@@ -182,13 +197,14 @@ class CompareConfig(_Strict):
 def grid_points(grid: Grid, training: TrainingConfig) -> tuple[Point, ...]:
     """The schedules of a grid: germinate, then fossilise as soon as the gate opens."""
     blueprints = grid.blueprints or training.blueprints or get_task(training.task).blueprints
+    groups = tuple((slots,) if isinstance(slots, str) else slots for slots in grid.slots or training.slots)
     return tuple(
         (
-            ScheduleStep(epoch=epoch, op="germinate", slot=slot, blueprint=blueprint, blend=blend),
-            ScheduleStep(epoch=epoch, op="fossilize", slot=slot),
+            *(ScheduleStep(epoch=epoch, op="germinate", slot=s, blueprint=blueprint, blend=blend) for s in slots),
+            *(ScheduleStep(epoch=epoch, op="fossilize", slot=s) for s in slots),
         )
         for blueprint in blueprints
-        for slot in grid.slots or training.slots
+        for slots in groups
         for blend in grid.blends
         for epoch in grid.epochs
     )

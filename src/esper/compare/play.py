@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase, TransformedEnv
@@ -39,13 +39,16 @@ class Role(IntEnum):
 @dataclass(frozen=True)
 class Outcome:
     """How `N` hosts ended: `accuracy` (validation, percentage points), `parameters` (int64, seeds included), FLOPs
-    `training` and `evaluation` (int64), all `[N]`, and their slot records `[N, S]`."""
+    `training` and `evaluation` (int64), all `[N]`, their slot records `[N, S]`, the stage of every slot in every epoch
+    `stages` `[N, T, S]`, and the `rollout` `[N, T]`."""
 
     accuracy: Tensor
     parameters: Tensor
     training: Tensor
     evaluation: Tensor
     records: TensorDict
+    stages: Tensor
+    rollout: TensorDictBase
 
     @property
     def flops(self) -> int:
@@ -71,24 +74,28 @@ def play(
     policy: TensorDictModuleBase,
     role: Role,
     *,
-    host_lr: float | None = None,
+    host_lr: float | tuple[float, ...] | None = None,
+    copies: int = 1,
     greedy: bool = False,
     grown: TensorDict | None = None,
 ) -> Outcome:
     """Play the first episode of `role`: fresh hosts, `policy` decides, nothing is learned.
 
-    `host_lr` replaces the environment's; `greedy` takes the likeliest actions. With `grown`, the records `[N, S]`
-    of hosts at their end, every host starts with the seeds that took part in their value, as fossils, untrained.
+    `host_lr` replaces the environment's; with `copies` the hosts are that many times the same, and each copy may have
+    its own rate. `greedy` takes the likeliest actions. With `grown`, the records `[N, S]` of hosts at their end, every
+    host starts with the seeds that took part in their value, as fossils, untrained.
     """
-    settings = replace(env.settings, first_episode=int(role))
+    settings = replace(env.settings, first_episode=int(role), copies=copies)
     env.settings = settings if host_lr is None else replace(settings, host_lr=host_lr)
     env.state, env.finished = None, None
     ledger = Ledger(costs_of(env), env.settings.n_hosts)
     accuracy = torch.zeros(env.settings.n_hosts, dtype=torch.float64)
+    stages: list[Tensor] = []
 
     def observe(result: TensorDict) -> None:
         ledger.add(result)
         accuracy.copy_(result["metrics", "val_accuracy"])
+        stages.append(result["lived", "stage"])
 
     env.observer = observe
     primer = getattr(policy, "make_tensordict_primer", lambda: None)()
@@ -99,7 +106,9 @@ def play(
     ledger.reset(env.records())
     exploration = ExplorationType.MODE if greedy else ExplorationType.RANDOM
     with set_exploration_type(exploration):
-        whole.rollout(env.spec.rules.max_epochs, policy, auto_reset=False, break_when_any_done=False, tensordict=first)
+        rollout = whole.rollout(
+            env.spec.rules.max_epochs, policy, auto_reset=False, break_when_any_done=False, tensordict=first
+        )
     records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
     return Outcome(
         accuracy=accuracy,
@@ -107,6 +116,8 @@ def play(
         training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,
+        stages=torch.stack(stages, dim=1),
+        rollout=rollout,
     )
 
 

@@ -77,6 +77,19 @@ def _sign_flip(gaps: Tensor, key: Tensor) -> float:
     return reached / 2**n if exact else (reached + 1) / (RESAMPLES + 1)
 
 
+def rank_correlation(x: Tensor, y: Tensor) -> float | None:
+    """Spearman's rank correlation of `x` and `y` `[n]`, ties at their mean rank; None if either is the same throughout
+    or there are fewer than two."""
+    if x.unique().numel() < 2 or y.unique().numel() < 2:
+        return None
+    return float(torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+
+
 def _checked(values: Tensor) -> Tensor:
     if values.dim() != 1 or values.shape[0] < 2:
         raise ValueError(f"values: shape {list(values.shape)}; at least two, one per seed, are needed")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from esper.compare.bench import Row
-from esper.compare.statistics import difference, interval
+from esper.compare.statistics import difference, interval, rank_correlation
+from esper.learn.responses import BINS, bin_of
 
 MEASURES = ("objective", "validation", "test")
 _TITLES = {"objective": "objective", "validation": "validation accuracy", "test": "test accuracy"}
@@ -18,7 +19,8 @@ _TITLES = {"objective": "objective", "validation": "validation accuracy", "test"
 
 def summarise(rows: Iterable[Row], key: Tensor) -> list[dict[str, Any]]:
     """One entry per row, the first being what the others are compared to: means with intervals, paired differences,
-    mean parameters and FLOPs per seed, FLOPs of the search in all, and the values of every seed."""
+    mean parameters and FLOPs per seed, FLOPs of the search in all, the values of every seed, and for learned
+    controllers how the probability of an op goes with the contribution of the seed it would concern."""
     rows = list(rows)
     reference = rows[0]
     return [_entry(row, None if row is reference else reference, key) for row in rows]
@@ -35,8 +37,18 @@ def _entry(row: Row, reference: Row | None, key: Tensor) -> dict[str, Any]:
     found["parameters"] = float(row.parameters.double().mean())
     found["flops"] = {name: float(values[name].double().mean()) for name in ("training", "evaluation")}
     found["search_flops"] = {"hosts": row.search, "controller": row.learning}
+    if row.aimed:
+        found["responses"] = {op: _response(*pairs) for op, pairs in row.aimed.items()}
     found["seeds"] = {name: torch.as_tensor(value).tolist() for name, value in values.items()}
     return found
+
+
+def _response(contribution: Tensor, probability: Tensor) -> dict[str, Any]:
+    """Rank correlation, on how many seeds and epochs it rests, and the mean probability by contribution."""
+    bins = bin_of(contribution)
+    means = {b: float(probability[bins == i].mean()) for i, b in enumerate(BINS) if bool((bins == i).any())}
+    correlation = rank_correlation(contribution, probability)
+    return {"rank_correlation": correlation, "count": contribution.numel(), "means": means}
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
@@ -60,7 +72,16 @@ def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
     chosen = [f"- {entry['name']}: `{json.dumps(_decided(entry['chosen']))}`" for entry in summary if entry["chosen"]]
     if chosen:
         lines += ["Chosen on the tuning seeds, or given:", "\n".join(chosen)]
+    learned = [f"- {entry['name']}: {_responses(entry['responses'])}" for entry in summary if "responses" in entry]
+    if learned:
+        title = "Rank correlation of a seed's measured contribution and the probability of an op, where it is legal:"
+        lines += [title, "\n".join(learned)]
     return "\n\n".join(lines) + "\n"
+
+
+def _responses(responses: Mapping[str, Mapping[str, Any]]) -> str:
+    found = ((op, row["rank_correlation"], row["count"]) for op, row in responses.items())
+    return ", ".join(f"{op} {'none' if r is None else f'{r:+.2f}'} (n = {n})" for op, r, n in found)
 
 
 def _decided(chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,25 +93,44 @@ def fixed_schedule(steps: Sequence[Step], blueprints: Sequence[str], max_epochs:
 
 
 def patient_schedule(steps: Sequence[Step], blueprints: Sequence[str], max_epochs: int) -> Controller:
-    """Do what is written in order, each step in the first epoch from its own on in which the masks allow it.
+    """One of `patient_schedules` for every host."""
+    return patient_schedules([steps], blueprints, max_epochs)
 
-    So "germinate, then fossilise" fossilises as soon as the gate opens. A step that never becomes possible holds up the
-    ones behind it. Raises ValueError for names that do not exist.
+
+def patient_schedules(schedules: Sequence[Sequence[Step]], blueprints: Sequence[str], max_epochs: int) -> Controller:
+    """Do what is written, each step in the first epoch from its own on in which the masks allow it and those before it
+    at its slot are done; of several, the first that is written.
+
+    So "germinate, then fossilise" fossilises as soon as the gate opens, and a gate that never opens holds up nothing at
+    other slots. Of P schedules and N hosts, host i follows schedule i P // N. Raises ValueError for names that do not
+    exist.
     """
-    idle = torch.zeros(len(HEADS), dtype=torch.int64)
-    table = torch.stack([*(encode(step, blueprints) for step in steps), idle])
-    epochs = torch.tensor([*(step.epoch for step in steps), max_epochs])
+    shape = (len(schedules), max(len(steps) for steps in schedules))
+    table = torch.zeros(*shape, len(HEADS), dtype=torch.int64)
+    epochs = torch.full(shape, max_epochs)
+    waits = torch.zeros(*shape, shape[1], dtype=torch.bool)
+    for p, steps in enumerate(schedules):
+        for i, step in enumerate(steps):
+            table[p, i], epochs[p, i] = encode(step, blueprints), step.epoch
+            waits[p, i, :i] = torch.tensor([before.slot == step.slot for before in steps[:i]], dtype=torch.bool)
 
     def init(n_hosts: int) -> TensorDict:
-        return TensorDict({"next": torch.zeros(n_hosts, dtype=torch.int64)}, batch_size=[n_hosts])
+        followed = torch.arange(n_hosts) * shape[0] // n_hosts
+        done = torch.zeros(n_hosts, shape[1], dtype=torch.bool)
+        return TensorDict({"followed": followed, "done": done}, batch_size=[n_hosts])
 
     def act(td: TensorDictBase, carry: TensorDict) -> tuple[Tensor, TensorDict]:
-        now = carry["next"]
-        wanted = table.to(now.device)[now]
+        followed, done = carry["followed"], carry["done"]
+        device, row = done.device, torch.arange(done.shape[0], device=done.device)
+        wanted = table.to(device)[followed]
         epoch = (feature(td["observation"], "epoch") * max_epochs).round()
-        allowed = _row(td["mask_slot"], wanted[:, OP]).gather(1, wanted[:, SLOT, None]).squeeze(1)
-        due = allowed & (epoch >= epochs.to(now.device)[now])
-        return torch.where(due[:, None], wanted, 0), TensorDict({"next": now + due}, batch_size=carry.batch_size)
+        allowed = td["mask_slot"][row[:, None], wanted[..., OP], wanted[..., SLOT]]
+        due = epoch[:, None] >= epochs.to(device)[followed]
+        held = (waits.to(device)[followed] & ~done[:, None]).any(dim=2)
+        ready = allowed & due & ~held & ~done
+        first = ready & (ready.cumsum(dim=1) == 1)
+        action = torch.where(first[..., None], wanted, 0).sum(dim=1)
+        return action, TensorDict({"followed": followed, "done": done | first}, batch_size=carry.batch_size)
 
     return Controller(init, act)
 

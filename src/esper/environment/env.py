@@ -20,6 +20,7 @@ from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.environment.rewards import COMPONENTS, RewardSettings, reward
 from esper.environment.signals import SignalTracker
+from esper.environment.twin import twin_accuracies
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard, reset, run_epoch
 from esper.keys import Purpose
@@ -36,17 +37,21 @@ class EnvSettings:
     """Everything about an environment that is not the growth itself.
 
     `host_lr` and `seed_lr` are the hosts' base learning rates; `seed` is the run seed from which every draw derives.
-    Episodes are counted from `first_episode`; hosts of different episodes share nothing but the data.
+    The hosts are `copies` times the same hosts one after another, each copy with its own of several `host_lr`.
+    Episodes are counted from `first_episode`; hosts of different episodes share nothing but the data. With `twins` what
+    every host would have reached without seeds is known to the reward.
     """
 
     seed: int
     n_hosts: int
-    host_lr: float
+    host_lr: float | tuple[float, ...]
     seed_lr: float
     observation: ObservationSettings
     tracker: SignalTracker
     reward: RewardSettings
     first_episode: int = 0
+    twins: bool = False
+    copies: int = 1
 
 
 class GrowthEnv(EnvBase):
@@ -146,7 +151,7 @@ class GrowthEnv(EnvBase):
         action = tensordict["action"].cpu()
         own = action.clone()
         own[:, SLOT] = self._layout[action[:, SLOT]]
-        tracker = self.state["tracker"]
+        tracker, twin = self.state["tracker"], self._twin(self.state)
         growth, result = run_epoch(
             self.spec, self.shards, self.epochs, self.growth(), own, tracker["val_accuracy"], self.epoch
         )
@@ -156,6 +161,8 @@ class GrowthEnv(EnvBase):
         epoch = self.epoch + 1
         last = epoch >= self.spec.rules.max_epochs
         result["tracker"] = tracker
+        if twin is not None:
+            result["twin"] = twin[:, epoch - 1 : epoch + 1]
         paid = reward(result, self.settings.reward, terminal=last)
         self.state = TensorDict(
             {
@@ -164,6 +171,7 @@ class GrowthEnv(EnvBase):
                 "episode": self.state["episode"],
                 "epoch": torch.tensor(epoch),
                 "components": paid.select(*COMPONENTS),
+                **({} if twin is None else {"twin": twin}),
             }
         )
         if last:
@@ -180,12 +188,15 @@ class GrowthEnv(EnvBase):
         return observed
 
     def _fresh(self, episode: int) -> TensorDict:
-        n = self.settings.n_hosts
-        keys = k.host_keys(k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode), n)
-        host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
+        n, copies = self.settings.n_hosts, self.settings.copies
+        run = k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode)
+        keys = k.host_keys(run, n // copies).repeat(copies)
+        rates = torch.tensor(self.settings.host_lr, dtype=torch.float64)
+        host_lr = rates.expand(copies).repeat_interleave(n // copies)
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
         growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
         tracker = self.settings.tracker.start(metrics)
+        unknown = torch.full((n, self.spec.rules.max_epochs + 1), torch.nan)
         return TensorDict(
             {
                 "growth": _groups(growth),
@@ -193,8 +204,18 @@ class GrowthEnv(EnvBase):
                 "episode": torch.tensor(episode),
                 "epoch": torch.tensor(0),
                 "components": TensorDict({name: torch.zeros(n) for name in COMPONENTS}, batch_size=[n]),
+                **({"twin": unknown} if self.settings.twins else {}),
             }
         )
+
+    def _twin(self, state: TensorDict) -> Tensor | None:
+        """The accuracies `[N, T + 1]` of the twins, who run ahead in the first step of an episode: the collector resets
+        once more than it steps, and a run that is taken up again has them in its state."""
+        if not self.settings.twins:
+            return None
+        if self.epoch > 0:
+            return state["twin"]
+        return twin_accuracies(self.spec, self.shards, self.epochs, self.growth(), state["tracker", "val_accuracy"])
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""

@@ -4,6 +4,8 @@ One tenth of a unit of reward is one percentage point of the objective. Every fu
 TensorDict `[N]` with the slot records `before` (what the controller saw), `lived` (after training and validation) and
 `after` (after the mechanical tick), the action's `outcome`, the `tracker` after the epoch and `panic` (bool), and
 returns the components `[N]` plus their sum `total`. Sums over slots make equal seeds earn equally wherever they grow.
+A result may have a `twin` `[N, 2]`, the accuracy before and after the epoch of the same host without seeds; `objective`
+then pays what goes beyond it.
 """
 
 from __future__ import annotations
@@ -125,9 +127,9 @@ def objective(accuracy: Tensor, extra_parameters: Tensor, param_budget: int, par
 def contribution_reward(result: TensorDict, settings: RewardSettings, *, terminal: bool) -> TensorDict:
     """The shaped reward of the contribution family.
 
-    - `objective`: the change of the objective. It sums to the objective reached minus that of the untrained host, so
-      it is what ranks controllers. It is paid as it changes because the end of an episode is a truncation: a value
-      that looks past a lump paid at the end would count it again.
+    - `objective`: the change of the objective. It sums to the objective reached minus that of the untrained host (with
+      a twin: minus the twin's), so it is what ranks controllers. It is paid as it changes because the end of an episode
+      is a truncation: a value that looks past a lump paid at the end would count it again.
     - `shaping`: gamma Phi(s') - Phi(s) of the seeds' stages, to point the way (Ng, Harada & Russell 1999).
     - `attribution`: the same with what each seed is credited for as Phi, so that credit shows in the epoch in which
       it is measured and holding a seed for long earns nothing extra. Both potentials are 0 for an empty slot and
@@ -170,9 +172,8 @@ def sparse_reward(result: TensorDict, settings: RewardSettings, *, terminal: boo
     parts = {"panic": -settings.panic * result["panic"].float()}
     if terminal:
         extra = result["after"]["parameters"].sum(dim=1)
-        points = objective(
-            result["tracker", "val_accuracy"], extra, settings.param_budget, settings.param_penalty_weight
-        )
+        reached = result["tracker", "val_accuracy"] - _twin(result)[:, 1]
+        points = objective(reached, extra, settings.param_budget, settings.param_penalty_weight)
         parts["objective"] = settings.sparse_reward_scale * (points / 100.0).clamp(-1.0, 1.0)
     return _sum_up(parts, result)
 
@@ -226,9 +227,16 @@ def _sum_up(parts: Mapping[str, Tensor], result: TensorDict) -> TensorDict:
 
 def _objective_change(result: TensorDict, settings: RewardSettings) -> Tensor:
     tracker = result["tracker"]
-    gain = tracker["val_accuracy"].double() - tracker["previous_val_accuracy"].double()
+    twin = _twin(result).double()
+    gain = tracker["val_accuracy"].double() - tracker["previous_val_accuracy"].double() - (twin[:, 1] - twin[:, 0])
     grown = result["after", "parameters"].sum(dim=1) - result["before", "parameters"].sum(dim=1)
     return objective(gain, grown, settings.param_budget, settings.param_penalty_weight).float()
+
+
+def _twin(result: TensorDict) -> Tensor:
+    """Accuracies `[N, 2]` to subtract; zeros for hosts without twins."""
+    twin: Tensor = result.get("twin", torch.zeros(result.batch_size[0], 2))
+    return twin
 
 
 def _difference(old: Tensor, new: Tensor, result: TensorDict, settings: RewardSettings, terminal: bool) -> Tensor:

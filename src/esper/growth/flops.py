@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.growth.grown import Fossil, parts
-from esper.growth.plan import HostPlan, Mode, SlotPlan, live_slots, make_plan, shadow_plan
+from esper.growth.plan import HostPlan, Mode, Plan, SlotPlan, live_slots, make_plan, shadow_plan
 from esper.growth.spec import GrowthSpec
 from esper.hosts.base import Host
 from esper.hosts.cnn import CNNHost
@@ -204,15 +204,21 @@ class Ledger:
     def reset(self, records: TensorDict) -> None:
         """Enter the validation pass with which an episode begins, by its slot records `[N, S]`."""
         plan = make_plan(records, self._costs.spec)
-        self.evaluation += torch.tensor([self._costs.evaluation(row) for row in plan])
+        self.evaluation += _of_each(plan, self._costs.evaluation)
 
     def add(self, result: TensorDict) -> None:
         """Enter one step of all hosts; `result` is what `GrowthEnv` hands its observer."""
         plan = make_plan(result["lived"], self._costs.spec)
-        self.training += torch.tensor([self._costs.training(row) for row in plan])
-        self.evaluation += torch.tensor([self._costs.evaluation(row) for row in plan])
+        self.training += _of_each(plan, self._costs.training)
+        self.evaluation += _of_each(plan, self._costs.evaluation)
 
     @property
     def total(self) -> Tensor:
         """Training and evaluation, `[N]`."""
         return self.training + self.evaluation
+
+
+def _of_each(plan: Plan, cost: Callable[[HostPlan], int]) -> Tensor:
+    """The cost of every host, int64 `[N]`; equal plans are counted once."""
+    known = {row: cost(row) for row in set(plan)}
+    return torch.tensor([known[row] for row in plan])

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from esper.control.distributions import FactoredActions
 from esper.control.policy import RecurrentPolicy
+from esper.control.transfer import Transferred
 from esper.environment.observation import MAX_CONTRIBUTION, feature
 from esper.seeds.actions import SLOT, Op
 from esper.seeds.reports import stage_feature
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import Stage
+
+Learned = RecurrentPolicy | Transferred
 
 EDGES = (-3.0, -1.0, 0.0, 1.0, 3.0)
 """Percentage points of contribution at which one bin ends and the next begins."""
@@ -31,14 +34,35 @@ def responses(policy: RecurrentPolicy, rollout: TensorDictBase) -> dict[str, flo
         actions, _ = policy.evaluate(rollout)
         probability = _by_slot(actions)
     contribution, counted = measured_contributions(rollout["observation"])
-    bins = torch.bucketize(contribution, torch.tensor(EDGES, device=contribution.device), right=True)
-    member = torch.nn.functional.one_hot(bins, len(BINS)).to(probability.dtype) * counted[..., None]
+    member = torch.nn.functional.one_hot(bin_of(contribution), len(BINS)).to(probability.dtype) * counted[..., None]
     size = member.flatten(0, -2).sum(0)
     means = torch.einsum("ntso,ntsb->ob", probability, member) / size.clamp(min=1)
     counts = dict(zip(BINS, size.tolist(), strict=True))
     by_op = {op.name: dict(zip(BINS, row, strict=True)) for op, row in zip(Op, means.tolist(), strict=True)}
     table = {"slots": counts, **by_op}
     return {f"response/{what}/{b}": row[b] for what, row in table.items() for b in BINS if counts[b] > 0}
+
+
+def aimed(policy: Learned, rollout: TensorDictBase) -> dict[str, tuple[Tensor, Tensor]]:
+    """What CULL and FOSSILIZE were worth doing, and how likely they were, over a rollout `[N, T]`.
+
+    For each op the contributions `[n]`, percentage points, of the undecided seeds that it could have been aimed at, and
+    the probability `[n]` of aiming it at this very seed. Steps in which the op is not legal there do not count.
+    """
+    with torch.no_grad():
+        actions, _ = policy.evaluate(rollout)
+        probability = _by_slot(actions)
+    contribution, measured = measured_contributions(rollout["observation"])
+    found = {}
+    for op in (Op.CULL, Op.FOSSILIZE):
+        counted = measured & rollout["mask_slot"][..., op, :]
+        found[op.name] = (contribution[counted].cpu(), probability[..., op][counted].cpu())
+    return found
+
+
+def bin_of(contribution: Tensor) -> Tensor:
+    """The index in `BINS` of contributions, percentage points, of any shape."""
+    return torch.bucketize(contribution, torch.tensor(EDGES, device=contribution.device), right=True)
 
 
 def measured_contributions(observation: Tensor) -> tuple[Tensor, Tensor]:

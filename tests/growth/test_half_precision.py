@@ -14,6 +14,7 @@ from tensordict import TensorDict
 import amp
 from esper.data.text import load_pydocs
 from esper.growth.executors.stacked import StackedExecutor
+from esper.hosts.ops import conv2d, norm_relu_pool
 from esper.hosts.transformer import TransformerHost
 from esper.seeds.blueprints import registry
 from esper.tasks import get_task
@@ -54,6 +55,20 @@ def test_every_blueprint_takes_part_in_every_way(topology: str) -> None:
     others = {(b, stage, 0) for b in range(n) for stage in (amp.Stage.TRAINING, amp.Stage.FOSSILIZED)}
     assert set(ways) == blending | others
     assert bool((records["parameters"] > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stack_convolves_and_normalises_in_half_precision_like_one_host(dtype: torch.dtype) -> None:
+    x, w, ones = torch.randn(3, 4, 2, 8, 8), torch.randn(3, 5, 2, 3, 3), torch.ones(3, 5)
+
+    def layer(x, w, scale):
+        return norm_relu_pool(conv2d(x, w), 0 * scale, scale, scale, 0 * scale, momentum=0.1, pool=2)[0]
+
+    with torch.autocast("cpu", dtype, cache_enabled=False):
+        stacked, alone = torch.func.vmap(layer)(x, w, ones), layer(x[0], w[0], ones[0])
+        assert torch.func.vmap(conv2d)(x, w).dtype is dtype
+    assert stacked.dtype is alone.dtype is dtype
+    torch.testing.assert_close(stacked[0], alone)
 
 
 class Coarse(StackedExecutor):

@@ -29,7 +29,7 @@ TASKS = {
         load=lambda key, folder: load_pydocs(LENGTH),
     ),
 }
-SIZES = {"cnn": amp.Size(1, 64, 32, 9.0, (2,)), "transformer": amp.Size(1, 48, 16, 9.0, (2,))}
+SIZES = {"cnn": amp.Size(1, 64, 32, (2,), 6.0, 20.0), "transformer": amp.Size(1, 48, 16, (2,), 6.0, 20.0)}
 
 
 @pytest.mark.parametrize("executor", ["loop", "stacked"])
@@ -94,7 +94,7 @@ class Broken(StackedExecutor):
 @pytest.mark.parametrize(("kind", "limits"), [(Coarse, {"ratio of the median slot"}), (Broken, {"no panic"})])
 def test_the_limits_are_limits(kind: type, limits: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(amp.EXECUTORS, "stacked", kind)
-    size = amp.Size(1, 32, 16, 6.0, (2,))
+    size = amp.Size(1, 32, 16, (2,), 6.0, 20.0)
     rows = amp.measure(TASKS["transformer"], size, "stacked", ("bf16",), CPU)
     assert rows[0]["broken"] == []
     assert limits <= set(rows[1]["broken"])
@@ -102,7 +102,7 @@ def test_the_limits_are_limits(kind: type, limits: set[str], monkeypatch: pytest
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     out = tmp_path / "amp.json"
-    small = {"cnn": amp.Size(1, 32, 16, 50.0, (2,))}
+    small = {"cnn": amp.Size(1, 32, 16, (2,), 6.0, 50.0)}
     monkeypatch.setattr(amp, "SMALL", small)
     monkeypatch.setattr(
         sys,

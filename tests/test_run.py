@@ -15,6 +15,7 @@ from esper.config import TrainingConfig
 from esper.learn.collector import BatchFirstCollector
 from esper.run import build_learner, train
 from esper.seeds.stages import TRANSITIONS, Stage
+from tiny import differing
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,14 @@ def test_telemetry_never_changes_numbers(tmp_path) -> None:
         for level in ("off", "normal", "debug")
     }
     assert len(digests) == 1
+
+
+def test_seeds_are_measured_whether_or_not_the_controller_sees_it() -> None:
+    """The width of the observation changes nothing of the hosts: neither G2's ratios nor contributions nor weights."""
+    (wide, _), (narrow, _) = (rollout_of(use_telemetry=seen, controller="random") for seen in (True, False))
+    grown = wide.finished_growth()[0]
+    assert bool((grown["slots", "gradient_ratio"] > 0).any())
+    assert not differing(grown, narrow.finished_growth()[0])
 
 
 def test_a_host_does_not_depend_on_the_others() -> None:

@@ -1,6 +1,7 @@
 """The task table: lookup, registration, hosts that fit their data and blueprints that fit their hosts."""
 
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import esper.seeds.blueprints.transformer  # noqa: F401
 from esper import keys as k
 from esper import tasks
 from esper.data.batches import require_batches
+from esper.growth.forward import mean_loss
+from esper.hosts.cnn import CNNHost
 from esper.seeds.blueprints import registry
 
 KEY = k.root(0)
@@ -60,10 +63,35 @@ PARAMETERS = {
 }
 
 
+@functools.cache
+def initial(name):
+    """Parameters and statistics of one fresh host."""
+    return tasks.get_task(name).host().init(k.host_keys(KEY, 1))
+
+
 @pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
 def test_hosts_have_the_documented_number_of_parameters(name, expected):
-    params, _ = tasks.get_task(name).host().init(k.host_keys(KEY, 1))
+    params, _ = initial(name)
     assert sum(leaf.numel() for leaf in params.values(include_nested=True, leaves_only=True)) == expected
+
+
+def test_the_full_width_image_host_has_the_documented_number_of_parameters():
+    params, _ = CNNHost(3, 10, 32).init(k.host_keys(KEY, 1))
+    assert sum(leaf.numel() for leaf in params.values(include_nested=True, leaves_only=True)) == 94_762
+
+
+@pytest.mark.parametrize("name", ["pydocs", "tinystories"])
+def test_a_language_task_starts_at_the_loss_of_a_uniform_guess(name, tmp_path):
+    task = tasks.get_task(name)
+    host = task.host()
+    if name == "pydocs":
+        validation = task.load(KEY, tmp_path).validation
+        x, y = validation.inputs[:8].long(), validation.targets[:8].long()
+    else:
+        x, y = k.integers(KEY, task.n_outputs, 2, 1, 64)
+    params = initial(name)[0][0].to_dict()
+    h, _ = host.run_blocks(params, {}, host.embed(params, x), 0, host.depth, momentum=None)
+    assert float(mean_loss(host.head(params, h), y)) == pytest.approx(task.random_guess_loss, rel=0.03)
 
 
 @pytest.mark.parametrize("name", tasks.task_names())

@@ -182,7 +182,7 @@ def clean():
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("epoch", [0, 3, 6])
+@pytest.mark.parametrize("epoch", range(8))
 def test_a_fault_in_one_host_leaves_all_others_as_without_it(clean, place, epoch):
     history = play(faulty_run(place), 8, {epoch})
     others = torch.tensor([0, 2])
@@ -195,7 +195,7 @@ def test_a_fault_in_one_host_leaves_all_others_as_without_it(clean, place, epoch
     assert not differing(after["host"][1], snapshot["host"])
     assert not differing(after["seeds"][1], snapshot["seeds"])
     assert result["governor", "reason"].tolist() == [Reason.NORMAL, Reason.NOT_FINITE, Reason.NORMAL]
-    assert result["governor", "restored_epoch"].tolist() == [-1, 5 if epoch == 6 else 0, -1]
+    assert result["governor", "restored_epoch"].tolist() == [-1, 5 if epoch >= 5 else 0, -1]
     assert all(torch.isfinite(leaf).all() for leaf in history[-1][2]["host"].values(True, True))
     assert all(torch.isfinite(leaf).all() for leaf in result["metrics"].values())
 

@@ -17,6 +17,9 @@ SEED = {
     "contribution_age": 0,
     "gradient_ratio": 0.2,
     "parameters": 90,
+    "alpha": 0.5,
+    "ramp_step": 3,
+    "gradient_norm": 0.75,
     "accuracy_current": 60.0,
     "accuracy_initial": 50.0,
     "accuracy_at_stage_start": 58.0,
@@ -45,6 +48,9 @@ def test_report_fields():
         "seed_param_count": 90,
         "host_param_count": 1000,
         "blending_delta": 0.0,
+        "current_alpha": 0.5,
+        "alpha_ramp_step": 3,
+        "gradient_norm": 0.75,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert int(report["stage_entered_at"]) == 4
@@ -57,7 +63,7 @@ def test_reports_are_copies():
     records = make_records(SEED)
     report = get_slot_reports(records, ("mid",), **ARGUMENTS)["mid"]
     records["alpha"][0, 0] = 0.9
-    assert float(report["metrics", "current_alpha"]) == 0.0
+    assert float(report["metrics", "current_alpha"]) == 0.5
 
 
 def test_reports_refuse_what_does_not_fit():

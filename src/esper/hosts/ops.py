@@ -52,9 +52,10 @@ def is_fused(x: Tensor) -> bool:
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution `[B, C, H, W]` with `[O, C, K, K]`, `K` odd, padded to keep `H` and `W`."""
     if _stacked(x, weight):
-        result: Tensor = _Conv.apply(x, _cast(weight))
+        # The features are rounded inside the kernel.
+        result: Tensor = _Conv.apply(x, cast(weight))
         return result
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    return F.conv2d(cast(x), cast(weight), padding=weight.shape[-1] // 2)
 
 
 def norm_relu_pool(
@@ -76,7 +77,10 @@ def norm_relu_pool(
         # batch_norm writes into its running statistics; clones keep the function pure, also under vmap.
         mean, var = mean.clone(), var.clone()
     training = momentum is not None
-    h = F.relu(F.batch_norm(h, mean, var, weight, bias, training=training, momentum=momentum or 0.0, eps=EPS))
+    # On a CPU a stack's features must have the type of its statistics.
+    wide = h if h.is_cuda else h.to(mean.dtype)
+    wide = F.batch_norm(wide, mean, var, weight, bias, training=training, momentum=momentum or 0.0, eps=EPS)
+    h = F.relu(wide.to(h.dtype))
     return (F.max_pool2d(h, pool) if pool > 1 else h), mean, var
 
 
@@ -100,11 +104,10 @@ def _stacked(x: Tensor, weight: Tensor) -> bool:
     return is_fused(x) and weight.dtype is not torch.float64 and is_batchedtensor(weight)
 
 
-def _cast(weight: Tensor) -> Tensor:
-    """The weight in autocast's type; the features are rounded inside the kernel."""
-    if torch.is_autocast_enabled("cuda"):
-        return weight.to(torch.get_autocast_dtype("cuda"))
-    return weight
+def cast(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's type. Under `torch.func.vmap` autocast on a CPU overlooks convolutions."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _stack(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ def put_rows(value: TensorDict, rows: Tensor, new: TensorDict) -> TensorDict:
     """A TensorDict whose rows `rows` (int64, distinct) of every leaf are those of `new`."""
     return TensorDict(
         {
-            name: leaf.index_copy(0, rows, new.get(name))
+            name: leaf.index_copy(0, rows.to(leaf.device), new.get(name))
             if isinstance(leaf, Tensor)
             else put_rows(leaf, rows, new.get(name))
             for name, leaf in value.items()

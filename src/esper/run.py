@@ -59,7 +59,9 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
         entropy_weights=tuple(getattr(config.entropy_weights, head) for head in HEADS),
     )
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
-    return Learner(policy, optimizer, reward_scale(), settings, k.root(config.seed))
+    # Beside the weights from the start: a GPU divides by a number on the CPU in another way than by one of its own.
+    rewards = reward_scale().to(next(policy.parameters()).device)
+    return Learner(policy, optimizer, rewards, settings, k.root(config.seed))
 
 
 def train(

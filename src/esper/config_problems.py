@@ -144,6 +144,9 @@ def _learner(config: Fields) -> Iterator[Finding]:
     if config.reward_family == "loss" and config.reward_mode != "shaped":
         legal = "the loss family knows only the shaped mode"
         yield Finding("reward_mode", config.reward_mode, legal, ("reward_family",))
+    if config.minibatches > config.n_envs:
+        legal = f"must be at most n_envs ({config.n_envs}), so that each has a host"
+        yield Finding("minibatches", config.minibatches, legal, ("n_envs",))
     for name in ("entropy_coef", "entropy_coef_start", "entropy_coef_end"):
         weight = getattr(config, name)
         if weight is not None and weight < config.entropy_coef_min:

@@ -45,10 +45,12 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
     """The learner of a run."""
     settings = PPOSettings(
         ppo_updates_per_batch=config.ppo_updates_per_batch,
+        minibatches=config.minibatches,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         clip_ratio=config.clip_ratio,
         value_coef=config.value_coef,
+        value_clip=config.value_clip,
         max_grad_norm=config.max_grad_norm,
         target_kl=config.target_kl,
         entropy_coef=config.entropy_coef,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -228,10 +227,16 @@ def test_a_killed_and_resumed_demo_ends_with_the_same_summary(tmp_path: Path) ->
     whole = start(*demo[2:], *small, "--run-dir", str(tmp_path / "whole"))
     assert whole.wait() == 0
     killed = start(*demo[2:], *small, "--run-dir", str(tmp_path / "killed"))
-    while len(checkpoints(tmp_path / "killed" / FOLDER)) < 2:
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    folder = tmp_path / "killed" / FOLDER
+    try:
+        # One of the beginning and one of the first of three rollouts: most of the run is still ahead.
+        while len(checkpoints(folder)) < 2:
+            assert killed.poll() is None, "it has to be killed before it ends"
+            time.sleep(0.02)
+    finally:
+        killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert int(checkpoints(folder)[-1].name) < 24, "all is done, so there is nothing to go on with"
     assert start("--resume", "--run-dir", str(tmp_path / "killed")).wait() == 0
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
     assert {**one, "timing": None} == {**other, "timing": None}

@@ -131,6 +131,32 @@ def test_every_segment_of_an_episode_telescopes(states, panics, family):
 
 
 @EPISODES
+@given(st.integers(0, 4), st.floats(-40, 40), st.integers(0, 10**6))
+def test_planting_and_culling_over_and_over_never_pays(blueprint, worth, seed):
+    """Apart from what it did to accuracy, a loop costs, however long seeds are held and whatever they were worth."""
+    hold = torch.arange(1, 13)
+
+    def act(td: TensorDict, carry: TensorDict) -> tuple[torch.Tensor, TensorDict]:
+        held = carry["held"]
+        plant, cull = td["mask_slot"][:, Op.GERMINATE, 0], td["mask_slot"][:, Op.CULL, 0] & (held >= hold)
+        op = torch.where(plant, int(Op.GERMINATE), torch.where(cull, int(Op.CULL), 0))
+        nothing = torch.zeros_like(op)
+        action = torch.stack([nothing, torch.where(plant, blueprint, 0), nothing, op], dim=1)
+        return action, TensorDict({"held": torch.where(plant, 1, held + 1)}, [len(hold)])
+
+    controller = Controller(lambda n: TensorDict({"held": torch.zeros(n, dtype=torch.int64)}, [n]), act)
+    family, value = FAMILIES[0], torch.full((5,), worth)
+    steps, _, _ = play(controller, family, value=value, removal=value, n_hosts=len(hold), seed=seed)
+    assert int(sum(step["outcome", "germinated"].sum() for step in steps)) > 2 * len(hold)
+    nets = torch.zeros(2, len(hold), dtype=torch.float64)
+    for t, step in enumerate(steps):
+        parts = reward(step, family, terminal=t == len(steps) - 1)
+        earned = (parts["total"] - parts["objective"]).double()
+        nets += torch.stack([earned, GAMMA**t * earned])
+    assert float(nets.max()) < 0.0
+
+
+@EPISODES
 @given(st.integers(0, 4), st.floats(-40, -0.01), st.integers(0, 10**6))
 def test_harm_that_is_culled_never_pays(blueprint, harm, seed):
     """Apart from what it did to accuracy, a harmful seed's whole life costs, however long it was kept."""

@@ -19,6 +19,7 @@ from esper.checkpoint.snapshot import Snapshot, checkpoints, name_of, read_snaps
 from esper.checkpoint.store import FOLDER, versions
 from esper.engine import Engine
 from esper.events import EventLog, load
+from esper.growth.executors.loop import LoopExecutor
 from esper.run import train
 from tiny import differing
 
@@ -168,6 +169,19 @@ def test_groups_of_stacked_hosts_and_a_controller_that_does_not_learn(tmp_path: 
     reference = Reference(tmp_path / "whole", **fields)
     folder = reference.cut(2, tmp_path / "cut")
     same_end(reference, folder, *resume(folder, **fields))
+
+
+def test_the_room_of_programs_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums depend on it, and a new process would make its programs as small as its first plan allows."""
+    reserved: list[Any] = []
+    monkeypatch.setattr(LoopExecutor, "rooms", property(lambda self: {"seats": ((3, 0), (1, 2))}))
+    monkeypatch.setattr(LoopExecutor, "reserve", lambda self, rooms: reserved.append(rooms))
+    fields = {**SMALL, "controller": "random", "devices": ["cpu", "cpu"], "n_episodes": HOSTS}
+    reference = Reference(tmp_path / "whole", **fields)
+    assert reserved == []
+    folder = reference.cut(2, tmp_path / "cut")
+    same_end(reference, folder, *resume(folder, **fields))
+    assert reserved == [{"seats": ((3, 0), (1, 2))}] * 2
 
 
 def test_more_episodes_than_planned(reference: Reference, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from esper.environment.potentials import MAX_POTENTIAL, stage_potential
 from esper.environment.rewards import COMPONENTS, LossSettings, RewardSettings, reward
 from esper.environment.signals import SignalTracker
 from esper.seeds.actions import Op
+from esper.seeds.slots import empty_records
 from esper.seeds.stages import GATE_OF, TRANSITIONS, Stage
 from records import RULES, play
 from strategies import seeds, to_records
@@ -42,7 +43,8 @@ def results(draw: st.DrawFn) -> TensorDict:
     tracker["loss_delta"] = torch.tensor([draw(st.floats(-1e6, 1e6, width=32))])
     tracker["val_loss"] = torch.tensor([draw(st.floats(width=32))])
     result = {"before": before, "lived": lived, "after": after, "tracker": tracker}
-    result |= {"outcome": TensorDict(outcome, batch_size=[1]), "panic": torch.tensor([draw(st.booleans())])}
+    result["outcome"] = TensorDict(outcome, batch_size=[1])
+    result |= {name: torch.tensor([draw(st.booleans())]) for name in ("panic", "restarted")}
     return TensorDict(result, batch_size=[1])
 
 
@@ -101,6 +103,57 @@ def test_episodes_of_random_growing(seed, worth):
     objective = sum(part["objective"].double() for part in parts)
     assert torch.allclose(objective, 0.1 * (reached.double() - 10.0), atol=1e-5)
     assert torch.allclose(total, sum(part["total"] for part in parts), atol=1e-5)
+
+
+@given(
+    st.lists(st.lists(seeds(), min_size=3, max_size=3), min_size=5, max_size=5),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+    st.sampled_from(FAMILIES[:2]),
+)
+def test_every_segment_of_an_episode_telescopes(states, panics, family):
+    """Also one that a host which was taken back begins with fossils, whatever the seeds do."""
+    records = [empty_records(1, 3), *map(to_records, states)]
+    discounted = {"shaping": 0.0, "attribution": 0.0}
+    start = 0
+    for t, panic in enumerate(panics):
+        tracker, no = SignalTracker().init(1), torch.tensor([False])
+        outcome = {"op": torch.tensor([0]), "slot": torch.tensor([-1]), "success": torch.tensor([True])}
+        outcome |= dict.fromkeys(("germinated", "culled", "fossilized"), torch.zeros(1, 3, dtype=torch.bool))
+        step = {"before": records[t], "lived": records[t + 1], "after": records[t + 1], "tracker": tracker}
+        step |= {"outcome": TensorDict(outcome, [1]), "panic": no | panic, "restarted": no | (t > 0 and t == start)}
+        parts = reward(TensorDict(step, [1]), family, terminal=t == len(panics) - 1)
+        for name in discounted:
+            discounted[name] += GAMMA ** (t - start) * float(parts[name])
+        if panic:
+            assert max(map(abs, discounted.values())) <= 1e-6
+            discounted, start = dict.fromkeys(discounted, 0.0), t + 1
+    assert max(map(abs, discounted.values())) <= 1e-6
+
+
+@EPISODES
+@given(st.integers(0, 4), st.floats(-40, 40), st.integers(0, 10**6))
+def test_planting_and_culling_over_and_over_never_pays(blueprint, worth, seed):
+    """Apart from what it did to accuracy, a loop costs, however long seeds are held and whatever they were worth."""
+    hold = torch.arange(1, 13)
+
+    def act(td: TensorDict, carry: TensorDict) -> tuple[torch.Tensor, TensorDict]:
+        held = carry["held"]
+        plant, cull = td["mask_slot"][:, Op.GERMINATE, 0], td["mask_slot"][:, Op.CULL, 0] & (held >= hold)
+        op = torch.where(plant, int(Op.GERMINATE), torch.where(cull, int(Op.CULL), 0))
+        nothing = torch.zeros_like(op)
+        action = torch.stack([nothing, torch.where(plant, blueprint, 0), nothing, op], dim=1)
+        return action, TensorDict({"held": torch.where(plant, 1, held + 1)}, [len(hold)])
+
+    controller = Controller(lambda n: TensorDict({"held": torch.zeros(n, dtype=torch.int64)}, [n]), act)
+    family, value = FAMILIES[0], torch.full((5,), worth)
+    steps, _, _ = play(controller, family, value=value, removal=value, n_hosts=len(hold), seed=seed)
+    assert int(sum(step["outcome", "germinated"].sum() for step in steps)) > 2 * len(hold)
+    nets = torch.zeros(2, len(hold), dtype=torch.float64)
+    for t, step in enumerate(steps):
+        parts = reward(step, family, terminal=t == len(steps) - 1)
+        earned = (parts["total"] - parts["objective"]).double()
+        nets += torch.stack([earned, GAMMA**t * earned])
+    assert float(nets.max()) < 0.0
 
 
 @EPISODES

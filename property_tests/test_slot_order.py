@@ -66,5 +66,6 @@ def test_equal_seeds_in_other_slots_earn_equally(fields, order, terminal):
         outcome |= {"germinated": none, "culled": none, "fossilized": none}
         result = {"before": before, "lived": after, "after": after, "tracker": SignalTracker().init(1)}
         result |= {"outcome": TensorDict(outcome, batch_size=[1]), "panic": torch.tensor([False])}
+        result["restarted"] = result["panic"]
         totals.append(float(reward(TensorDict(result, batch_size=[1]), settings, terminal=terminal)["total"]))
     assert abs(totals[0] - totals[1]) <= 1e-6 * max(1.0, abs(totals[0]))

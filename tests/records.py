@@ -58,6 +58,7 @@ def make_result(
             "outcome": TensorDict(outcome, batch_size=[1]),
             "tracker": signals,
             "panic": torch.tensor([False]),
+            "restarted": torch.tensor([False]),
         },
         batch_size=[1],
     )
@@ -117,7 +118,8 @@ def play(
         metrics = TensorDict(dict(zip(_METRICS, (loss, loss, accuracy, accuracy), strict=True)), [n_hosts])
         tracker = SignalTracker().update(tracker, metrics)
         result = TensorDict({"before": records, "lived": lived, "after": after, "outcome": outcome}, [n_hosts])
-        result["tracker"], result["panic"] = tracker, torch.zeros(n_hosts, dtype=torch.bool)
+        result["tracker"] = tracker
+        result["panic"] = result["restarted"] = torch.zeros(n_hosts, dtype=torch.bool)
         total = total + reward(result, settings, terminal=last)["total"]
         records = after
         results.append(result)

@@ -150,3 +150,11 @@ def test_the_five_lines_of_the_readme() -> None:
         metrics = learner.learn(rollout)
         assert metrics["updates"] == config.ppo_updates_per_batch
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_the_learner_keeps_its_statistics_beside_the_weights() -> None:
+    """Numbers on another device would be divided by in another way, so a resumed run would differ."""
+    config = tiny_config()
+    policy = build_controller(config, build_env(config))
+    learner = build_learner(config, policy.to("meta"))
+    assert {leaf.device.type for leaf in learner.rewards.values()} == {"meta"}

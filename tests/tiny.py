@@ -50,12 +50,13 @@ def tiny_spec(**changes: Any) -> GrowthSpec:
 
 @dataclass
 class Run:
-    """N hosts on one CPU shard, stepped epoch by epoch."""
+    """N hosts on one shard, stepped epoch by epoch."""
 
     spec: GrowthSpec = field(default_factory=tiny_spec)
     n: int = 3
     splits: Splits = field(default_factory=images)
     executor: Any = None
+    device: torch.device = CPU
     seed: int = 0
     batch_size: int = 16
     lr: float = 0.1
@@ -66,7 +67,8 @@ class Run:
         if self.spec.coalition_statistics == "running":
             calibration = None
         executor = self.executor or LoopExecutor(self.spec)
-        self.shards = [Shard(CPU, 0, self.n, executor, self.splits, calibration)]
+        on_device = None if calibration is None else calibration.to(self.device)
+        self.shards = [Shard(self.device, 0, self.n, executor, self.splits.to(self.device), on_device)]
         self.settings = EpochSettings(self.batch_size)
         keys = k.host_keys(k.root(self.seed), self.n) if self.host_keys is None else self.host_keys
         rate = torch.full((self.n,), self.lr, dtype=torch.float64)

@@ -172,10 +172,14 @@ class Fields(BaseModel):
     """Weight of longer returns in the advantage."""
     ppo_updates_per_batch: Annotated[int, Field(ge=1, le=1000)] = 4
     """Updates on one rollout."""
+    minibatches: Annotated[int, Field(ge=1, le=65536)] = 1
+    """Groups of hosts into which each of these updates is divided, with a step for each."""
     target_kl: Positive | None = 0.015
     """Updates on a rollout stop at 1.5 times this divergence; null never stops them."""
     value_coef: NotNegative = 0.5
     """Weight of the value loss."""
+    value_clip: Positive | None = 10.0
+    """A value that moved further than this from what it was in the rollout earns nothing more; null for no limit."""
     max_grad_norm: Positive = 0.5
     """The policy's gradient is clipped to this norm."""
     entropy_coef: NotNegative = 0.05

@@ -147,6 +147,9 @@ def _learner(config: Fields) -> Iterator[Finding]:
     if config.reward_family == "loss" and config.reward_baseline != "none":
         legal = "the loss family does not pay for the objective; use none"
         yield Finding("reward_baseline", config.reward_baseline, legal, ("reward_family",))
+    if config.minibatches > config.n_envs:
+        legal = f"must be at most n_envs ({config.n_envs}), so that each has a host"
+        yield Finding("minibatches", config.minibatches, legal, ("n_envs",))
     for name in ("entropy_coef", "entropy_coef_start", "entropy_coef_end"):
         weight = getattr(config, name)
         if weight is not None and weight < config.entropy_coef_min:

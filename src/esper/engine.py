@@ -14,6 +14,7 @@ from esper.checkpoint.compatible import differences, regrouped
 from esper.checkpoint.snapshot import Group, Manifest, Snapshot
 from esper.checkpoint.tensors import like
 from esper.config import TrainingConfig
+from esper.config_fields import AsTuple
 from esper.environment.env import GrowthEnv
 from esper.errors import CheckpointError
 from esper.events import EventLog
@@ -25,6 +26,7 @@ from esper.oversight import Oversight, oversee, oversight_settings
 from esper.telemetry import RolloutBook, record_step
 
 Count = Annotated[int, Field(ge=0)]
+Room = Annotated[tuple[Annotated[tuple[Count, ...], AsTuple], ...], AsTuple]
 
 
 class Progress(Protocol):
@@ -48,8 +50,8 @@ class _Book(_Strict):
 
 class Counters(_Strict):
     """Everything of a run that is not a tensor. `rollouts` are whole ones, `events` the events written, `outcome` the
-    last rollout's, `escalated` the rollouts for which the level is still debug, `accuracies` those the trend is about,
-    `seconds` the time spent."""
+    last rollout's, `rooms` what the executor of each group has room for, `escalated` the rollouts for which the level
+    is still debug, `accuracies` those the trend is about, `seconds` the time spent."""
 
     rollouts: Count
     updates: Count
@@ -59,6 +61,7 @@ class Counters(_Strict):
     culled: Count
     outcome: dict[str, Any]
     book: _Book
+    rooms: list[dict[str, Room]]
     escalated: Count
     accuracies: list[float]
     seconds: Annotated[float, Field(ge=0)]
@@ -200,6 +203,8 @@ class Engine:
         place = (int(state["episode"]), int(state["epoch"]))
         if place != divmod(snapshot.step, self.env.spec.rules.max_epochs):
             raise ValueError(f"environment: episode {place[0]}, epoch {place[1]} is not step {snapshot.step}")
+        for shard, rooms in zip(self.env.shards, done.rooms, strict=True):
+            shard.executor.reserve(rooms)
         self.env.finished = None if finished is None else like(finished, template)
         self.env.state = state
         self.collector.go_on(parts.pop("collector"), done.rollouts)
@@ -222,6 +227,7 @@ class Engine:
             culled=self.culled,
             outcome=self.outcome,
             book=_Book(**self.book.state()),
+            rooms=[shard.executor.rooms for shard in self.env.shards],
             escalated=self.oversight.level.remaining,
             accuracies=list(self.oversight.trend.accuracies),
             seconds=self.seconds,

@@ -45,10 +45,12 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
     """The learner of a run."""
     settings = PPOSettings(
         ppo_updates_per_batch=config.ppo_updates_per_batch,
+        minibatches=config.minibatches,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         clip_ratio=config.clip_ratio,
         value_coef=config.value_coef,
+        value_clip=config.value_clip,
         max_grad_norm=config.max_grad_norm,
         target_kl=config.target_kl,
         entropy_coef=config.entropy_coef,
@@ -59,7 +61,9 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
         entropy_weights=tuple(getattr(config.entropy_weights, head) for head in HEADS),
     )
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
-    return Learner(policy, optimizer, reward_scale(), settings, k.root(config.seed))
+    # Beside the weights from the start: a GPU divides by a number on the CPU in another way than by one of its own.
+    rewards = reward_scale().to(next(policy.parameters()).device)
+    return Learner(policy, optimizer, rewards, settings, k.root(config.seed))
 
 
 def train(

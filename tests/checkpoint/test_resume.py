@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from esper.checkpoint.snapshot import Snapshot, checkpoints, name_of, read_snaps
 from esper.checkpoint.store import FOLDER, versions
 from esper.engine import Engine
 from esper.events import EventLog, load
+from esper.growth.executors.loop import LoopExecutor
 from esper.run import train
 from tiny import differing
 
@@ -180,6 +180,19 @@ def test_groups_of_stacked_hosts_and_a_controller_that_does_not_learn(tmp_path: 
     same_end(reference, folder, *resume(folder, **fields))
 
 
+def test_the_room_of_programs_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums depend on it, and a new process would make its programs as small as its first plan allows."""
+    reserved: list[Any] = []
+    monkeypatch.setattr(LoopExecutor, "rooms", property(lambda self: {"seats": ((3, 0), (1, 2))}))
+    monkeypatch.setattr(LoopExecutor, "reserve", lambda self, rooms: reserved.append(rooms))
+    fields = {**SMALL, "controller": "random", "devices": ["cpu", "cpu"], "n_episodes": HOSTS}
+    reference = Reference(tmp_path / "whole", **fields)
+    assert reserved == []
+    folder = reference.cut(2, tmp_path / "cut")
+    same_end(reference, folder, *resume(folder, **fields))
+    assert reserved == [{"seats": ((3, 0), (1, 2))}] * 2
+
+
 def test_more_episodes_than_planned(reference: Reference, tmp_path: Path) -> None:
     """A finished run that is given more episodes ends like one that had them from the start."""
     folder = tmp_path / "run"
@@ -237,10 +250,16 @@ def test_a_killed_and_resumed_demo_ends_with_the_same_summary(tmp_path: Path) ->
     whole = start(*demo[2:], *small, "--run-dir", str(tmp_path / "whole"))
     assert whole.wait() == 0
     killed = start(*demo[2:], *small, "--run-dir", str(tmp_path / "killed"))
-    while len(checkpoints(tmp_path / "killed" / FOLDER)) < 2:
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    folder = tmp_path / "killed" / FOLDER
+    try:
+        # One of the beginning and one of the first of three rollouts: most of the run is still ahead.
+        while len(checkpoints(folder)) < 2:
+            assert killed.poll() is None, "it has to be killed before it ends"
+            time.sleep(0.02)
+    finally:
+        killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert int(checkpoints(folder)[-1].name) < 24, "all is done, so there is nothing to go on with"
     assert start("--resume", "--run-dir", str(tmp_path / "killed")).wait() == 0
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
     assert {**one, "timing": None} == {**other, "timing": None}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
 from engine import run, tiny_config, tiny_task
 from esper.build import build_controller, build_env
+from esper.events import load
 from esper.learn.collector import BatchFirstCollector
+from esper.seeds.actions import HEADS
+from esper.train import main
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +49,27 @@ def test_schedule_does_what_it_says(tmp_path) -> None:
     assert {(e["epoch"], e["slot"]) for e in events if e["type"] == "culled"} == {(4, "early")}
     assert sum(e["type"] == "refused" for e in events) == 4
     assert len(planted) == 4
+
+
+def test_the_heuristic_grows_in_several_slots_and_keeps_what_pays(tmp_path: Path) -> None:
+    """On real data, from the command line; few samples and a constant rate make hosts stand still early."""
+    hard = "--train-samples 128 --max-epochs 50 --gates permissive --lr-schedule constant"
+    size = "--task digits --n-envs 2 --n-episodes 2 --seed 1"
+    flags = f"--controller heuristic --slots early mid late {size} {hard} --run-dir {tmp_path / 'run'}"
+    assert main(flags.split()) == 0
+    events = load(tmp_path / "run")
+    planted = Counter(event["slot"] for event in events if event["type"] == "germinated")
+    assert len(planted) > 1
+    assert any(event["type"] == "fossilized" for event in events)
+    assert not any(event["type"] == "refused" for event in events)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_learner_plants_in_several_slots_and_learns_with_every_head(tmp_path: Path, amp: str) -> None:
+    _, events = run(tmp_path / "a", controller="ppo", amp=amp, n_episodes=4)
+    assert len({event["slot"] for event in events if event["type"] == "germinated"}) > 1
+    (update,) = (event["data"] for event in events if event["type"] == "update")
+    assert all(update[f"grad_norm/{part}"] > 0 for part in (*HEADS, "value", "features", "memory"))
 
 
 def test_carry_travels_and_starts_afresh() -> None:

@@ -172,6 +172,25 @@ def test_fossils_are_paid_by_contribution_at_the_end():
     assert component("fossils", result) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "seed", "expected"),
+    [
+        pytest.param("rent", {**TRAINING, "parameters": 2000}, -0.091161, id="row 2"),
+        pytest.param("rent", {**FOSSIL, "parameters": 5000}, -0.123533 - 0.0792, id="row 22"),
+        pytest.param(
+            "blending_warning",
+            {"stage": Stage.BLENDING, "epochs_in_stage": 3, "accuracy_initial": 60.3, "accuracy_current": 60.0},
+            -0.25,
+            id="rows 8 and 10",
+        ),
+    ],
+)
+def test_rent_and_warning_with_the_weights_of_the_rows(name, seed, expected):
+    """The rows pay every epoch what is a price per episode here."""
+    settings = RewardSettings(0.995, 25, 10_000, 500_000, rent_weight=25 * 0.5, max_rent=25 * 8.0, warning=25 * 0.1)
+    assert component(name, make_result(make_records(seed)), settings) == pytest.approx(expected, abs=1e-5)
+
+
 def test_rent_and_warning_are_per_episode():
     falling = {"stage": Stage.BLENDING, "epochs_in_stage": 3, "accuracy_initial": 50.0, "accuracy_current": 49.0}
     result = make_result(make_records({**falling, "parameters": 10_000}))

@@ -188,6 +188,7 @@ def test_a_fault_in_one_host_leaves_all_others_as_without_it(clean, place, epoch
     others = torch.tensor([0, 2])
     for t, ((_, result, _), (_, expected, _)) in enumerate(zip(history, clean, strict=True)):
         assert result["panic"].tolist() == [False, t == epoch, False]
+        assert result["restarted"].tolist() == [False, t == epoch + 1, False]
         assert not differing(result[others], expected[others])
     assert not differing(history[-1][2][others], clean[-1][2][others])
     before, result, after = history[epoch]

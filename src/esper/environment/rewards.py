@@ -2,10 +2,10 @@
 
 One tenth of a unit of reward is one percentage point of the objective. Every function takes the `result` of a step, a
 TensorDict `[N]` with the slot records `before` (what the controller saw), `lived` (after training and validation) and
-`after` (after the mechanical tick), the action's `outcome`, the `tracker` after the epoch and `panic` (bool), and
-returns the components `[N]` plus their sum `total`. Sums over slots make equal seeds earn equally wherever they grow.
-A result may have a `twin` `[N, 2]`, the accuracy before and after the epoch of the same host without seeds; `objective`
-then pays what goes beyond it.
+`after` (after the mechanical tick), the action's `outcome`, the `tracker` after the epoch, `panic` and `restarted`
+(bool, this step or the one before was a panic), and returns the components `[N]` plus their sum `total`. Sums over
+slots make equal seeds earn equally wherever they grow. A result may have a `twin` `[N, 2]`, the accuracy before and after
+the epoch of the same host without seeds; `objective` then pays what goes beyond it.
 """
 
 from __future__ import annotations
@@ -240,9 +240,10 @@ def _twin(result: TensorDict) -> Tensor:
 
 
 def _difference(old: Tensor, new: Tensor, result: TensorDict, settings: RewardSettings, terminal: bool) -> Tensor:
-    """gamma Phi(s') - Phi(s) summed over slots `[N, S]`, with Phi(s') = 0 where an episode or a segment ends."""
-    ended = result["panic"][:, None] | terminal
-    change: Tensor = (settings.gamma * torch.where(ended, 0.0, new) - old).sum(dim=1)
+    """gamma Phi(s') - Phi(s) summed over slots `[N, S]`, with Phi(s') = 0 where an episode or a segment ends, and
+    Phi(s) = 0 where a segment begins: the fossils of a host that was taken back were paid for in an earlier one."""
+    ended, begun = result["panic"][:, None] | terminal, result["restarted"][:, None]
+    change: Tensor = (settings.gamma * torch.where(ended, 0.0, new) - torch.where(begun, 0.0, old)).sum(dim=1)
     return change
 
 

@@ -103,10 +103,12 @@ def run_epoch(
         The new growth states and a TensorDict `[N]` on the CPU with `before`, `lived` and `after` (slot records
         before the step, after training and validation, after governor and tick), `outcome` (of the action, with
         `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions`
-        `[N, 2**S]`; percentage points), `panic` (bool) and `governor` (the rest of `govern`'s report). The metrics of a
-        host that panicked are those it was taken back to; what its governor saw is in the report.
+        `[N, 2**S]`; percentage points), `panic` (bool), `governor` (the rest of `govern`'s report) and `restarted`
+        (bool, the step before was a panic). The metrics of a host that panicked are those it was taken back to; what
+        its governor saw is in the report.
     """
     before = [g["slots"].cpu() for g in growth]
+    restarted = [g["governor", "restored_epoch"].cpu() >= 0 for g in growth]
     acted, outcomes = [], []
     for shard, g in zip(shards, growth, strict=True):
         state, outcome = act(spec, g, actions[shard.hosts], accuracy[shard.hosts])
@@ -146,6 +148,7 @@ def run_epoch(
         results.append(TensorDict(parts, batch_size=[shard.size]))
     result: TensorDict = torch.cat(results)
     result["before"], result["metrics"] = torch.cat(before), torch.cat(standing)
+    result["restarted"] = torch.cat(restarted)
     return done, result
 
 

@@ -20,6 +20,11 @@ Carry = Any
 """What an executor keeps between the calls of one epoch."""
 
 
+Rooms = dict[str, tuple[tuple[int, ...], ...]]
+"""What an executor's programs have room for, by name: a number for each slot and blueprint. Sums are made in an order
+that depends on it, so it is part of a run's state."""
+
+
 class Executor(Protocol):
     """See the module docstring. `growth` is a TensorDict `[N]` as in `docs/design.md`, section 2."""
 
@@ -55,6 +60,28 @@ class Executor(Protocol):
     def finish_evaluation(self, carry: Carry) -> TensorDict:
         """The scores of `empty_scores`."""
         ...
+
+    @property
+    def rooms(self) -> Rooms:
+        """What the programs have room for by now; empty for an executor that keeps none from epoch to epoch."""
+        ...
+
+    def reserve(self, rooms: Rooms) -> None:
+        """Have room for as much as `rooms`, which `rooms` of such an executor said. Raises ValueError if it does not
+        fit."""
+        ...
+
+
+class Roomless:
+    """An executor that keeps no program from one epoch to the next."""
+
+    @property
+    def rooms(self) -> Rooms:
+        return {}
+
+    def reserve(self, rooms: Rooms) -> None:
+        if rooms:
+            raise ValueError(f"rooms: {', '.join(rooms)}; {type(self).__name__} has none")
 
 
 def empty_measurements(n_hosts: int, n_slots: int, device: torch.device | None = None) -> TensorDict:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from esper.growth import precision
 from esper.growth.executors import coalitions
+from esper.growth.executors.base import Rooms
 from esper.growth.executors.coalitions import Room, Scoring
-from esper.growth.executors.seating import as_table, enlarged, fits, upload
+from esper.growth.executors.seating import Capacity, as_table, enlarged, fits, upload
 from esper.growth.executors.stacked import StackedExecutor, Training
 from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
@@ -64,7 +65,26 @@ class CapturedExecutor:
         self._pool = torch.cuda.graph_pool_handle()
         self._trainer: _Trainer | None = None
         self._scorer: _Scorer | None = None
+        self._seats: Capacity | None = None
+        self._room: Room | None = None
         self._buffers: dict[Hashable, Tensor] = {}
+
+    @property
+    def rooms(self) -> Rooms:
+        rooms: Rooms = {} if self._seats is None else {"seats": self._seats}
+        return rooms if self._room is None else {**rooms, "seeds": self._room.seeds, "branches": self._room.branches}
+
+    def reserve(self, rooms: Rooms) -> None:
+        slots, kinds = len(self.spec.slots), len(self.spec.blueprints)
+        for name, room in rooms.items():
+            if name not in ("seats", "seeds", "branches") or [len(row) for row in room] != [kinds] * slots:
+                raise ValueError(f"rooms: {name}: {room}; must be seats, seeds or branches, {slots} rows of {kinds}")
+        if ("seeds" in rooms) != ("branches" in rooms):
+            raise ValueError(f"rooms: {', '.join(rooms)}; seeds and branches go together")
+        self._forget()
+        self._retire()
+        self._seats = rooms.get("seats")
+        self._room = Room(rooms["seeds"], rooms["branches"]) if "seeds" in rooms else None
 
     def begin(self, growth: TensorDict, plan: Plan) -> _Trainer:
         table, held = as_table(plan, self.spec), self._trainer
@@ -75,10 +95,9 @@ class CapturedExecutor:
             held.carry.table, held.carry.seating = table, fresh.seating
             held.carry.steps = held.carry.seen = 0
             return held
-        before = None if held is None else held.carry.seating.capacity
         self._forget()
-        capacity = enlarged(wanted, before, [len(plan)] * len(self.spec.slots))
-        self._trainer = _Trainer(self.stacked.start(growth, table, capacity))
+        self._seats = enlarged(wanted, self._seats, [len(plan)] * len(self.spec.slots))
+        self._trainer = _Trainer(self.stacked.start(growth, table, self._seats))
         return self._trainer
 
     def train_step(
@@ -109,14 +128,9 @@ class CapturedExecutor:
             _copy(_scored(scorer.carry), _scored(fresh))
             scorer.carry.tree, scorer.carry.seating, scorer.carry.seen = fresh.tree, fresh.seating, 0
         else:
-            n, places = len(plan), range(len(self.spec.slots))
-            held = None if scorer is None else scorer.carry.tree.room
-            room = Room(
-                enlarged(wanted.seeds, None if held is None else held.seeds, [n for _ in places]),
-                enlarged(wanted.branches, None if held is None else held.branches, [n << j for j in places]),
-            )
+            self._room = coalitions.enlarged_room(wanted, self._room, len(plan))
             self._retire()
-            self._scorer = scorer = _Scorer(_owned(self.stacked.start_evaluation(growth, table, room)))
+            self._scorer = scorer = _Scorer(_owned(self.stacked.start_evaluation(growth, table, self._room)))
         x = None
         if calibration is not None:
             x = self._buffer("calibration", calibration)

@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from esper.growth.executors import base
 from esper.growth.executors.grafting import branch, select_rows
-from esper.growth.executors.seating import Capacity, Seating, Table, demand, fill, fits, seat_plan, upload
+from esper.growth.executors.seating import Capacity, Seating, Table, demand, enlarged, fill, fits, seat_plan, upload
 from esper.growth.executors.seeds import gather, grow, select, strength
 from esper.growth.forward import correct, mean_loss
 from esper.growth.spec import GrowthSpec
@@ -109,6 +109,19 @@ def room_for(spec: GrowthSpec, table: Table) -> Room:
     kinds, live = len(spec.blueprints), _live(table)
     branches = demand([live.blueprint[hosts, j] for j, (hosts, _) in enumerate(_rows(live)[:-1])], kinds)
     return Room(demand(list(live.blueprint.T), kinds), branches)
+
+
+def enlarged_room(wanted: Room, held: Room | None, n_hosts: int) -> Room:
+    """Room for `wanted` and no less than `held`, with some to spare."""
+    places = range(len(wanted.seeds))
+    seeds = enlarged(wanted.seeds, None if held is None else held.seeds, [n_hosts for _ in places])
+    branches = enlarged(wanted.branches, None if held is None else held.branches, [n_hosts << j for j in places])
+    # A branch needs a seed to run.
+    seeds = tuple(
+        tuple(max(a, min(1, b)) for a, b in zip(row, other, strict=True))
+        for row, other in zip(seeds, branches, strict=True)
+    )
+    return Room(seeds, branches)
 
 
 def lay_out(table: Table, seat: Tensor, room: Room, device: torch.device) -> Coalitions:

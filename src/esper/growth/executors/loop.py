@@ -85,7 +85,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 @dataclass(frozen=True)
-class LoopExecutor:
+class LoopExecutor(base.Roomless):
     """Runs hosts one by one on `workers` threads; see `Executor` for the contract."""
 
     spec: GrowthSpec

@@ -69,6 +69,8 @@ def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int]) -> 
         return max(need, min(limit, 1 << (3 * need // 2 - 1).bit_length())) if need else 0
 
     held = held or tuple(tuple(0 for _ in row) for row in wanted)
+    if fits(wanted, held):
+        return held
     return tuple(
         tuple(max(roomy(need, limit), have, roomy(max(row), limit) // 2) for need, have in zip(row, old, strict=True))
         for row, old, limit in zip(wanted, held, limits, strict=True)

@@ -69,7 +69,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class StackedExecutor:
+class StackedExecutor(base.Roomless):
     """Runs all hosts as one stack on `device`; see `Executor` for the contract. `kernels` allows the fused ones."""
 
     spec: GrowthSpec

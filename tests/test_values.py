@@ -1,0 +1,27 @@
+"""Changes of state values leave the value alone and find its device."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esper.values import put_rows, zero_rows
+
+
+def test_rows_are_replaced_in_a_copy() -> None:
+    value = TensorDict({"a": torch.arange(6.0).view(3, 2), "b": TensorDict({"c": torch.ones(3)}, [3])}, [3])
+    new = TensorDict({"a": -torch.ones(2, 2), "b": TensorDict({"c": torch.zeros(2)}, [2])}, [2])
+    changed = put_rows(value, torch.tensor([2, 0]), new)
+    assert changed["a"].tolist() == [[-1, -1], [2, 3], [-1, -1]]
+    assert changed["b", "c"].tolist() == [0, 1, 0]
+    assert value["a"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert zero_rows(value, torch.tensor([1]))["a"].tolist() == [[0, 1], [0, 0], [4, 5]]
+
+
+def test_rows_that_were_found_on_the_cpu_are_changed_on_a_gpu() -> None:
+    with FakeTensorMode():
+        value = TensorDict({"a": torch.zeros(3, 2, device="cuda:0")}, [3])
+        rows, new = torch.tensor([2]), TensorDict({"a": torch.ones(1, 2, device="cuda:0")}, [1])
+        for changed in (put_rows(value, rows, new), zero_rows(value, rows)):
+            assert changed["a"].device == torch.device("cuda:0")

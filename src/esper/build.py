@@ -165,7 +165,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
     )
     # Logits over a vocabulary are too large to score more blocks at a time than are trained on.
     evaluation_batch = batch_size if task.kind == "lm" else max(batch_size, _SCORED_IMAGES)
-    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment)
+    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment, family=config.family)
     return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
 
 

@@ -81,6 +81,17 @@ EVENTS: dict[str, EventType] = {
             "host_parameters": DataField("count", "parameters of a host without seeds"),
         },
     ),
+    "hosts": EventType(
+        "minimal",
+        "info",
+        "What the hosts of an episode have drawn from their family.",
+        {
+            "train_fraction": DataField("numbers per host", "part of the training split it trains on"),
+            "label_noise": DataField("numbers per host", "part of its training samples with a wrong label"),
+            "host_lr_factor": DataField("numbers per host", "factor on the learning rate of hosts"),
+            "host_lr": DataField("numbers per host", "learning rate at the start of the episode"),
+        },
+    ),
     "germinated": EventType(
         "normal",
         "info",

@@ -21,9 +21,11 @@ from esper.compare.config import CompareConfig
 from esper.compare.play import Role, accuracy_on_test, costs_of, play
 from esper.compare.widen import size, widened
 from esper.config import ConfigError
+from esper.config_fields import Family
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.data.family import draws
 from esper.errors import InputError
 from esper.growth.flops import FLOPS, TRAINING
 from esper.growth.plan import Mode, SlotPlan
@@ -149,6 +151,22 @@ def test_an_environment_plays_the_hosts_of_a_role_again_and_again() -> None:
     assert torch.equal(first.accuracy, again.accuracy)
     assert first.flops == again.flops < tuning.flops
     assert not torch.equal(first.accuracy, faster.accuracy)
+
+
+def test_arms_meet_the_same_draws_and_the_report_has_them(tmp_path: Path) -> None:
+    """The rate that is tuned is the base on which every host's factor acts."""
+    data = {**comparison(points=True), "seeds": 3, "tuning_seeds": 2}
+    data["arms"][0]["host_lrs"] = [0.2]
+    family = {"train_fraction": [0.2, 1.0], "host_lr_factor": [0.5, 2.0]}
+    data["training"] |= {"task": "tiny", "family": family, "max_epochs": 2}
+    (tmp_path / "compare.json").write_text(json.dumps(data))
+    with tiny_task():
+        assert main(["--config", str(tmp_path / "compare.json"), "--out", str(tmp_path / "out")]) == 0
+    hosts = json.loads((tmp_path / "out" / "compare.json").read_text())["hosts"]
+    keys = k.host_keys(k.fold(k.root(42), Purpose.EPISODE, Role.EVALUATION), 3)
+    expected = draws(Family.model_validate_json(json.dumps(family)), keys)
+    assert hosts["train_fraction"] == expected["train_fraction"].tolist()
+    assert hosts["host_lr"] == pytest.approx((0.2 * expected["host_lr_factor"]).tolist())
 
 
 def test_a_grown_architecture_trains_from_the_first_epoch() -> None:

@@ -16,6 +16,7 @@ from torchrl.data import Binary, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
 from esper import keys as k
+from esper.data.family import draws
 from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.environment.rewards import COMPONENTS, RewardSettings, reward
@@ -183,6 +184,8 @@ class GrowthEnv(EnvBase):
         n = self.settings.n_hosts
         keys = k.host_keys(k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode), n)
         host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
+        if self.epochs.family is not None:
+            host_lr = host_lr * draws(self.epochs.family, keys)["host_lr_factor"]
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
         growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
         tracker = self.settings.tracker.start(metrics)
@@ -195,6 +198,15 @@ class GrowthEnv(EnvBase):
                 "components": TensorDict({name: torch.zeros(n) for name in COMPONENTS}, batch_size=[n]),
             }
         )
+
+    def drawn(self) -> TensorDict | None:
+        """What the hosts of the present episode have drawn from their family, `[N]` on the CPU, with `host_lr`, the
+        rate that came of it; None without a family."""
+        if self.epochs.family is None:
+            return None
+        growth = self.growth()
+        drawn = draws(self.epochs.family, torch.cat([g["key"].cpu() for g in growth]))
+        return drawn.update({"host_lr": torch.cat([g["rates", "host"].cpu() for g in growth])})
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
+from esper.config_fields import Family
 from esper.data.batches import SharedBatchIterator, evaluation_batches
 from esper.data.splits import Split, Splits
 from esper.growth import optim
@@ -47,12 +48,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class EpochSettings:
-    """How an epoch runs. `evaluation_batch` samples are scored at a time, all coalitions of a host at once."""
+    """How an epoch runs. `evaluation_batch` samples are scored at a time, all coalitions of a host at once; `family`
+    says in what the hosts differ."""
 
     batch_size: int
     evaluation_batch: int = 512
     augment: bool = False
     dtype: torch.dtype = torch.float32
+    family: Family | None = None
 
 
 def reset(
@@ -170,7 +173,7 @@ def train(
     plans: Sequence[Plan],
     epoch: int,
 ) -> tuple[list[TensorDict], TensorDict]:
-    """Train every host on the whole training split; returns the new states and the measurements `[N]` on the CPU.
+    """Train every host for an epoch; returns the new states and the measurements `[N]` on the CPU.
 
     Gradients are switched on here because collectors step environments with gradients off.
     """
@@ -181,6 +184,7 @@ def train(
         epoch,
         augment=settings.augment,
         dtype=settings.dtype,
+        family=settings.family,
     )
     carries = [s.executor.begin(g, plan) for s, g, plan in zip(shards, growth, plans, strict=True)]
     rates = [(g["rates", "host"].cpu(), g["rates", "seed"].cpu()) for g in growth]

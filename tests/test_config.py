@@ -267,7 +267,7 @@ def test_the_captured_executor_needs_gpus() -> None:
 @pytest.mark.parametrize(
     ("family", "problem"),
     [
-        ({}, "family: {}: must draw at least one of train_fraction, label_noise, host_lr_factor"),
+        ({}, "family: {}: must draw at least one of train_fraction, label_noise, host_lr_factor, width"),
         ({"label_noise": [0.4, 0.2]}, "family.label_noise: [0.4, 0.2]: the first may not be above the second"),
         (
             {"train_fraction": [0.0, 1.0]},
@@ -288,3 +288,10 @@ def test_only_classes_can_be_mistaken() -> None:
     (problem,) = problems_of(task="pydocs", family={"label_noise": [0.0, 0.1]})
     assert problem.startswith("family.label_noise: [0.0, 0.1]: only classes can be mistaken")
     assert TrainingConfig(task="pydocs", family={"train_fraction": (0.1, 1.0)}).family is not None
+
+
+def test_only_the_width_of_the_task_s_own_cnn_can_be_drawn() -> None:
+    (problem,) = problems_of(task="pydocs", family={"width": [1, 2]})
+    assert problem.startswith("family.width: [1, 2]: only cnn hosts have a width to draw")
+    (problem,) = problems_of(start_from="grown", family={"width": [1, 2]})
+    assert problem == 'family.width: [1, 2]: start_from ("grown") decides the width; use null'

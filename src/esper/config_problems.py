@@ -202,6 +202,10 @@ def _family(config: Fields) -> Iterator[Finding]:
     ranges = config.family.model_dump(exclude_none=True)
     if not ranges:
         yield Finding("family", {}, f"must draw at least one of {', '.join(type(config.family).model_fields)}")
+    width = ranges.pop("width", None)
+    if width is not None and config.start_from is not None:
+        legal = f"start_from ({json.dumps(config.start_from)}) decides the width; use null"
+        yield Finding("family.width", width, legal, ("start_from",))
     for name, (least, greatest) in ranges.items():
         if least > greatest:
             yield Finding(f"family.{name}", [least, greatest], "the first may not be above the second")
@@ -216,6 +220,9 @@ def _task(config: Fields, task: Task) -> Iterator[Finding]:
     if config.family is not None and config.family.label_noise is not None and task.kind != "classification":
         legal = f"only classes can be mistaken (task {task.name} predicts tokens); use null"
         yield Finding("family.label_noise", config.family.label_noise, legal, ("task",))
+    if config.family is not None and config.family.width is not None and task.topology != "cnn":
+        legal = f"only cnn hosts have a width to draw (task {task.name} grows {task.topology} hosts); use null"
+        yield Finding("family.width", config.family.width, legal, ("task",))
     plateau = task.plateau_threshold if config.plateau_threshold is None else config.plateau_threshold
     improvement = task.improvement_threshold if config.improvement_threshold is None else config.improvement_threshold
     if plateau > improvement:

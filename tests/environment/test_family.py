@@ -1,6 +1,7 @@
 """A run whose hosts differ: rates, events, resuming, and what stays as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from esper import keys as k
 from esper.build import build_env
 from esper.config_fields import Family
 from esper.data.family import draws
+from esper.environment.observation import feature
+from esper.environment.rewards import reward
 from esper.events import EventLog, load
 from esper.run import train
+from esper.seeds.actions import Op
+from esper.telemetry import RolloutBook
 from tiny import differing
 
 FAMILY = {"train_fraction": [0.2, 1.0], "label_noise": [0.0, 0.5], "host_lr_factor": [0.2, 5.0]}
@@ -32,6 +37,9 @@ def trained(epochs: int = 2, **fields):
         action["action"] = torch.zeros(3, 4, dtype=torch.int64)
         env.step(action)
     return env
+
+
+WIDTHS = {"width": [1, 2, 4]}
 
 
 def test_neutral_draws_change_no_bit() -> None:
@@ -68,6 +76,8 @@ def test_devices_do_not_change_what_is_drawn() -> None:
 
 def test_events_tell_what_every_host_drew(tmp_path: Path) -> None:
     _, events = run(tmp_path, controller="never", max_epochs=2, family=FAMILY)
+    kinds = [event["type"] for event in events]
+    assert kinds.index("hosts") < kinds.index("epoch")
     told = [event for event in events if event["type"] == "hosts"]
     assert [(event["episode"], event["epoch"]) for event in told] == [(0, 0), (1, 0)]
     assert told[0]["data"] != told[1]["data"]
@@ -80,12 +90,47 @@ def test_events_tell_what_every_host_drew(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_with_the_same_hosts(tmp_path: Path) -> None:
-    whole, _ = run(tmp_path / "whole", max_epochs=2, family=FAMILY)
-    run(tmp_path / "part", max_epochs=2, family=FAMILY, n_episodes=4)
-    config = tiny_config(max_epochs=2, family=FAMILY)
+    family = {**FAMILY, **WIDTHS}
+    whole, _ = run(tmp_path / "whole", max_epochs=2, family=family)
+    run(tmp_path / "part", max_epochs=2, family=family, n_episodes=4)
+    config = tiny_config(max_epochs=2, family=family)
     folder = tmp_path / "part"
     with EventLog(folder, config.to_dict(), config.telemetry_level) as events:
         resumed = train(run_dir=folder, resume=folder, events=events, progress=Silent(), **config.to_train_kwargs())
     assert resumed["weights_digest"] == whole["weights_digest"]
     logs = [[e for e in load(tmp_path / name) if e["type"] == "hosts"] for name in ("whole", "part")]
     assert [e["data"] for e in logs[0]] == [e["data"] for e in logs[1]]
+
+
+def test_growth_is_seen_and_priced_against_the_hosts_own_size() -> None:
+    env = build_env(tiny_config(n_envs=6, max_epochs=1, family=WIDTHS, incubation="none", blueprints=["conv_expand"]))
+    env.reset()
+    own = env.host_parameters()
+    assert set(own.tolist()) == {163, 496, 1702}
+    results = []
+    env.observer = results.append
+    step = env.fake_tensordict()
+    step["action"] = torch.tensor([1, 0, 0, Op.GERMINATE]).expand(6, 4).clone()
+    seen = env.step(step)["next"]
+    (result,) = results
+    extra = result["after"]["parameters"].sum(1)
+    assert torch.allclose(feature(seen["observation"], "growth"), extra / own)
+    assert result["param_budget"].tolist() == (4 * own).tolist()
+    book = RolloutBook(0.1)
+    book.add(result)
+    outcome = book.close()
+    price = 0.1 * 100 * extra / (4 * own)
+    assert outcome["objective"] == pytest.approx((result["metrics", "val_accuracy"] - price).tolist(), rel=1e-5)
+    assert outcome["parameters"] == (own + extra).tolist()
+    prices = replace(env.settings.reward, host_parameters=own)
+    again, common = (reward(result, p, terminal=True)["total"] for p in (prices, env.settings.reward))
+    assert torch.equal(again, seen["reward"].squeeze(1))
+    assert not torch.equal(again, common)
+
+
+def test_a_budget_of_ones_own_is_the_same_for_every_width() -> None:
+    env = build_env(tiny_config(n_envs=2, max_epochs=1, family=WIDTHS, param_budget=77))
+    results = []
+    env.observer = results.append
+    env.rollout(1)
+    assert results[0]["param_budget"].tolist() == [77, 77]

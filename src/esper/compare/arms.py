@@ -31,6 +31,7 @@ from esper.control.heuristic import HeuristicSettings, heuristic
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.environment.env import episode_keys
 from esper.errors import InputError
 from esper.events import EventLog
 from esper.growth.flops import FLOPS, TRAINING, Ledger
@@ -112,8 +113,8 @@ def _ppo(bench: Bench, arm: Ppo) -> None:
         empty = empty_records(training.n_envs, len(bench.judge.spec.slots))
         with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
             train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
-        for _ in range(rollouts):
-            ledger.reset(empty)
+        for episode in range(rollouts):
+            ledger.reset(empty, episode_keys(training.seed, episode, training.n_envs))
         search = int(ledger.total.sum())
     else:
         run_dir = Path(arm.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,10 @@ class Bench:
         return build_env(self.config.shared.replace(n_envs=self.config.tuning_seeds))
 
     def objective(self, outcome: Outcome) -> Tensor:
-        """The project's objective `[N]`; parameters beyond those of an ungrown host have their price."""
-        reward = self.judge.settings.reward
-        extra = outcome.parameters - reward.host_parameters
-        return objective(outcome.accuracy, extra, reward.param_budget, reward.param_penalty_weight)
+        """The project's objective `[N]`; parameters beyond those of the same host ungrown have their price."""
+        plain = self.judge.spec.parameters_of(outcome.keys)
+        prices = replace(self.judge.settings.reward, host_parameters=plain)
+        return objective(outcome.accuracy, outcome.parameters - plain, prices.budget, prices.param_penalty_weight)
 
     def tune(self, controller: Controller, env: GrowthEnv | None = None, host_lr: float | None = None) -> Outcome:
         """How the tuning hosts fare."""

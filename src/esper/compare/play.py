@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from esper.environment.env import GrowthEnv
+from esper.environment.env import GrowthEnv, episode_keys
 from esper.growth.flops import Costs, Ledger
 from esper.growth.plan import make_plan
 from esper.growth.step import begin, evaluate
@@ -38,9 +38,10 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `N` hosts ended: `accuracy` (validation, percentage points), `parameters` (int64, seeds included), FLOPs
-    `training` and `evaluation` (int64), all `[N]`, and their slot records `[N, S]`."""
+    """How `N` hosts ended: their `keys`, `accuracy` (validation, percentage points), `parameters` (int64, seeds
+    included), FLOPs `training` and `evaluation` (int64), all `[N]`, and their slot records `[N, S]`."""
 
+    keys: Tensor
     accuracy: Tensor
     parameters: Tensor
     training: Tensor
@@ -96,14 +97,16 @@ def play(
     first = whole.reset()
     if grown is not None:
         _fossilize(env, grown)
-    ledger.reset(env.records())
+    keys = episode_keys(env.settings.seed, env.episode, env.settings.n_hosts)
+    ledger.reset(env.records(), keys)
     exploration = ExplorationType.MODE if greedy else ExplorationType.RANDOM
     with set_exploration_type(exploration):
         whole.rollout(env.spec.rules.max_epochs, policy, auto_reset=False, break_when_any_done=False, tensordict=first)
     records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
     return Outcome(
         accuracy=accuracy,
-        parameters=records["parameters"].sum(1) + env.spec.host_parameters,
+        keys=keys,
+        parameters=records["parameters"].sum(1) + env.host_parameters(),
         training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,

@@ -7,7 +7,7 @@ so saving the state saves the environment exactly. Hosts and seeds never enter t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -157,7 +157,10 @@ class GrowthEnv(EnvBase):
         epoch = self.epoch + 1
         last = epoch >= self.spec.rules.max_epochs
         result["tracker"] = tracker
-        paid = reward(result, self.settings.reward, terminal=last)
+        prices = replace(self.settings.reward, host_parameters=self.host_parameters())
+        result["host_parameters"] = prices.host_parameters
+        result["param_budget"] = torch.as_tensor(prices.budget).expand(self.batch_size)
+        paid = reward(result, prices, terminal=last)
         self.state = TensorDict(
             {
                 "growth": _groups(growth),
@@ -182,7 +185,7 @@ class GrowthEnv(EnvBase):
 
     def _fresh(self, episode: int) -> TensorDict:
         n = self.settings.n_hosts
-        keys = k.host_keys(k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode), n)
+        keys = episode_keys(self.settings.seed, episode, n)
         host_lr = torch.full((n,), self.settings.host_lr, dtype=torch.float64)
         if self.epochs.family is not None:
             host_lr = host_lr * draws(self.epochs.family, keys)["host_lr_factor"]
@@ -200,13 +203,18 @@ class GrowthEnv(EnvBase):
         )
 
     def drawn(self) -> TensorDict | None:
-        """What the hosts of the present episode have drawn from their family, `[N]` on the CPU, with `host_lr`, the
-        rate that came of it; None without a family."""
+        """What the hosts of the present episode have drawn from their family, `[N]` on the CPU, with `host_lr` and
+        `host_parameters`, the rate and the size that came of it; None without a family."""
         if self.epochs.family is None:
             return None
         growth = self.growth()
         drawn = draws(self.epochs.family, torch.cat([g["key"].cpu() for g in growth]))
-        return drawn.update({"host_lr": torch.cat([g["rates", "host"].cpu() for g in growth])})
+        rates = torch.cat([g["rates", "host"].cpu() for g in growth])
+        return drawn.update({"host_lr": rates, "host_parameters": self.host_parameters()})
+
+    def host_parameters(self) -> Tensor:
+        """Trainable parameters of the present episode's hosts without seeds, int64 `[N]` on the CPU."""
+        return torch.cat([self.spec.parameters_of(g["key"]) for g in self.growth()])
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""
@@ -214,11 +222,12 @@ class GrowthEnv(EnvBase):
 
     def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
         records = self.records()
-        masks = action_masks(records, self.settings.observation)
+        settings = replace(self.settings.observation, host_parameters=self.host_parameters())
+        masks = action_masks(records, settings)
         keys = torch.cat([g["key"].cpu() for g in self.growth()])
         observed = TensorDict(
             {
-                "observation": observe(records, state["tracker"], self.settings.observation),
+                "observation": observe(records, state["tracker"], settings),
                 **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
                 "key": k.fold(keys, Purpose.POLICY, state["epoch"]),
                 "is_init": is_init,
@@ -227,6 +236,11 @@ class GrowthEnv(EnvBase):
             batch_size=self.batch_size,
         )
         return observed.to(self.device)
+
+
+def episode_keys(seed: int, episode: int, n_hosts: int) -> Tensor:
+    """Keys `[N]` of the hosts of an episode in a run with this seed."""
+    return k.host_keys(k.fold(k.root(seed), Purpose.EPISODE, episode), n_hosts)
 
 
 def _groups(growth: Sequence[TensorDict]) -> TensorDict:

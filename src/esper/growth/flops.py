@@ -8,7 +8,7 @@ optimiser do not. Letters: `C` channels, `L` positions, `D` features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 
@@ -138,8 +138,9 @@ def _counted(topology: str, blueprint: str, shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """What an epoch of one host costs, by its plan. `inputs` is the shape of a sample; `trained` samples are trained on
-    in an epoch, `scored` are scored, and `calibrating` go through every coalition before that."""
+    """What an epoch of one host costs, by its plan; of the widest, where hosts differ. `inputs` is the shape of a
+    sample; `trained` samples are trained on in an epoch, `scored` are scored, and `calibrating` go through every
+    coalition before that."""
 
     spec: GrowthSpec
     inputs: Shape
@@ -197,20 +198,26 @@ class Ledger:
     ran counts, whether its seed was kept or culled. `reset` is called once an episode, `add` with every step."""
 
     def __init__(self, costs: Costs, n_hosts: int) -> None:
-        self._costs = costs
+        self._spec = costs.spec
+        self._shapes = [replace(costs, spec=spec) for spec in costs.spec.shapes]
         self.training = torch.zeros(n_hosts, dtype=torch.int64)
         self.evaluation = torch.zeros(n_hosts, dtype=torch.int64)
 
-    def reset(self, records: TensorDict) -> None:
-        """Enter the validation pass with which an episode begins, by its slot records `[N, S]`."""
-        plan = make_plan(records, self._costs.spec)
-        self.evaluation += torch.tensor([self._costs.evaluation(row) for row in plan])
+    def reset(self, records: TensorDict, keys: Tensor) -> None:
+        """Enter the validation pass with which an episode begins, by slot records `[N, S]` and keys `[N]` of its
+        hosts."""
+        self.evaluation += torch.tensor([costs.evaluation(row) for costs, row in self._rows(records, keys)])
 
     def add(self, result: TensorDict) -> None:
         """Enter one step of all hosts; `result` is what `GrowthEnv` hands its observer."""
-        plan = make_plan(result["lived"], self._costs.spec)
-        self.training += torch.tensor([self._costs.training(row) for row in plan])
-        self.evaluation += torch.tensor([self._costs.evaluation(row) for row in plan])
+        rows = self._rows(result["lived"], result["key"])
+        self.training += torch.tensor([costs.training(row) for costs, row in rows])
+        self.evaluation += torch.tensor([costs.evaluation(row) for costs, row in rows])
+
+    def _rows(self, records: TensorDict, keys: Tensor) -> list[tuple[Costs, HostPlan]]:
+        """What prices each host, by its shape, and its plan."""
+        which = self._spec.shape_of(keys).tolist()
+        return [(self._shapes[i], row) for i, row in zip(which, make_plan(records, self._spec), strict=True)]
 
     @property
     def total(self) -> Tensor:

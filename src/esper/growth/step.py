@@ -103,8 +103,9 @@ def run_epoch(
         epoch: epochs already trained in this episode.
 
     Returns:
-        The new growth states and a TensorDict `[N]` on the CPU with `before`, `lived` and `after` (slot records
-        before the step, after training and validation, after governor and tick), `outcome` (of the action, with
+        The new growth states and a TensorDict `[N]` on the CPU with `key` (of the hosts), `before`, `lived` and
+        `after` (slot records before the step, after training and validation, after governor and tick), `outcome` (of
+        the action, with
         `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions`
         `[N, 2**S]`; percentage points), `panic` (bool) and `governor` (the rest of `govern`'s report). The metrics of a
         host that panicked are those it was taken back to; what its governor saw is in the report.
@@ -131,7 +132,7 @@ def run_epoch(
             metrics["val_accuracy"][rows],
             contribution,
             error,
-            _gradients(spec, g["slots"].cpu(), measurements[rows]),
+            _gradients(spec.parameters_of(g["key"]), g["slots"].cpu(), measurements[rows]),
             healthy_seeds(spec, g),
         )
         g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
@@ -144,7 +145,14 @@ def run_epoch(
         removed = bank.uproot(g["seeds"], spec.slots, auto_culled)
         done.append(changed(g, slots=after.to(shard.device), seeds=removed))
         standing.append(stands)
-        parts = {"lived": lived, "after": after, "outcome": outcome, "panic": report.pop("panic"), "governor": report}
+        parts = {
+            "key": g["key"].cpu(),
+            "lived": lived,
+            "after": after,
+            "outcome": outcome,
+            "panic": report.pop("panic"),
+            "governor": report,
+        }
         results.append(TensorDict(parts, batch_size=[shard.size]))
     result: TensorDict = torch.cat(results)
     result["before"], result["metrics"] = torch.cat(before), torch.cat(standing)
@@ -154,10 +162,14 @@ def run_epoch(
 def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
     records = growth["slots"].cpu()
-    table = seed_parameters(
-        tuple(place.channels for place in spec.sites),
-        lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
-    )
+    tables = [
+        seed_parameters(
+            tuple(place.channels for place in shape.sites),
+            lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
+        )
+        for shape in spec.shapes
+    ]
+    table = torch.stack(tables)[spec.shape_of(growth["key"])]
     records, outcome = apply_action(records, action, spec.rules, table, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"])
     seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
@@ -250,11 +262,12 @@ def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
 _NEGLIGIBLE = 1e-8
 
 
-def _gradients(spec: GrowthSpec, records: TensorDict, measured: TensorDict) -> TensorDict:
-    """Norm, parameter-normalised seed/host ratio and health of the last batch's gradients, `[N, S]`."""
+def _gradients(host_parameters: Tensor, records: TensorDict, measured: TensorDict) -> TensorDict:
+    """Norm, parameter-normalised seed/host ratio and health of the last batch's gradients, `[N, S]`, of hosts with so
+    many parameters `[N]`."""
     seed, host = measured["seed_norm"], measured["host_norm"][:, None]
     size = records["parameters"].double()
-    ratio = (seed / size.sqrt()) / (host / spec.host_parameters**0.5 + _NEGLIGIBLE)
+    ratio = (seed / size.sqrt()) / (host / host_parameters[:, None].double().sqrt() + _NEGLIGIBLE)
     ratio = torch.where((seed < _NEGLIGIBLE) | (host < _NEGLIGIBLE) | (size == 0), torch.zeros_like(ratio), ratio)
     return TensorDict(
         {"norm": seed.float(), "ratio": ratio.float(), "health": measured["seed_health"].float()},

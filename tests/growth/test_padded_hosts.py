@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from esper import keys as k
+from esper.export import as_module
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.flops import FLOPS, TRAINING, Costs, Ledger, seed_macs
+from esper.growth.forward import forward
+from esper.growth.plan import make_plan
+from esper.growth.trees import as_tree
 from esper.hosts.cnn import CNNHost
 from esper.hosts.padded import PaddedHost, shapes
 from esper.seeds import blending
+from esper.seeds.actions import Op
 from esper.seeds.bank import fresh_seed
 from esper.seeds.blueprints import registry
 from esper.seeds.lifecycle import LifecycleRules
@@ -138,3 +143,34 @@ def test_costs_are_those_of_the_living_channels() -> None:
     seed = seed_macs("cnn", "conv_light", (own[0].spec.sites[0].channels, 4, 4))
     assert int(ledger.training[0]) == own[0].training(nothing) + FLOPS * TRAINING * 32 * seed
     assert len(set(ledger.training[1:].tolist())) == len(SPEC.shapes)
+
+
+def test_a_narrow_host_is_exported_as_it_is() -> None:
+    """In the shape of the widest, and with the same logits."""
+    spec = replace(SPEC, rules=LifecycleRules(max_epochs=2, strict_gates=False, incubation="none"))
+    run = Run(spec=spec, n=N)
+    row = spec.shape_of(run.growth["key"]).tolist().index(0)
+    run.step({row: germinate(1, KINDS.index("conv_expand"))})
+    run.ripen(row, 1)
+    run.step({row: (Op.FOSSILIZE, 1)})
+    architecture, network = as_module(spec, run.growth, row)
+    assert architecture["host"]["base_channels"] == BASE.base_channels
+    x = run.splits.prepare(run.splits.validation.inputs, torch.float32)
+    plan = make_plan(run.growth["slots"], spec)[row]
+    assert plan[1] is not None
+    seeds = [
+        e and as_tree(run.growth["seeds", s, e.blueprint, "params"][row]) for s, e in zip(spec.slots, plan, strict=True)
+    ]
+    params, statistics = (as_tree(run.growth["host", name][row]) for name in ("params", "statistics"))
+    expected, _ = forward(spec, plan, params, statistics, seeds, run.growth["slots", "alpha"][row], x, momentum=None)
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_executors_agree_on_hosts_of_different_widths() -> None:
+    runs = [Run(spec=SPEC, n=N, executor=e) for e in (LoopExecutor(SPEC), StackedExecutor(SPEC, CPU))]
+    for slot in (0, 2):
+        for run in runs:
+            run.step({i: germinate(slot, (i + slot) % len(KINDS)) for i in range(N)})
+    for name in ("host", "seeds"):
+        for path, leaf in flat(runs[0].growth[name]).items():
+            torch.testing.assert_close(leaf, runs[1].growth[(name, *path)], rtol=1e-3, atol=1e-4)

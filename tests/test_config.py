@@ -267,7 +267,7 @@ def test_the_captured_executor_needs_gpus() -> None:
 @pytest.mark.parametrize(
     ("family", "problem"),
     [
-        ({}, "family: {}: must draw at least one of train_fraction, label_noise, host_lr_factor, width"),
+        ({}, "family: {}: must draw at least one of train_fraction, label_noise, host_lr_factor, classes, width"),
         ({"label_noise": [0.4, 0.2]}, "family.label_noise: [0.4, 0.2]: the first may not be above the second"),
         (
             {"train_fraction": [0.0, 1.0]},
@@ -286,7 +286,9 @@ def test_a_family_that_cannot_be_drawn_is_refused(family: dict[str, object], pro
 
 def test_only_classes_can_be_mistaken() -> None:
     (problem,) = problems_of(task="pydocs", family={"label_noise": [0.0, 0.1]})
-    assert problem.startswith("family.label_noise: [0.0, 0.1]: only classes can be mistaken")
+    assert problem.startswith("family.label_noise: [0.0, 0.1]: only classes can be mistaken or left out")
+    (problem,) = problems_of(family={"classes": [2, 11]})
+    assert problem == "family.classes[1]: 11: task digits has 10 classes"
     assert TrainingConfig(task="pydocs", family={"train_fraction": (0.1, 1.0)}).family is not None
 
 

@@ -90,6 +90,8 @@ class Family(BaseModel):
     """Part of a host's training samples that carry a wrong label all episode; drawn evenly."""
     host_lr_factor: Annotated[tuple[Positive, ...], _ENDS, AsTuple] | None = None
     """Factor on the host's learning rate; its logarithm is drawn evenly."""
+    classes: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _ENDS, AsTuple] | None = None
+    """How many classes a host tells apart; drawn evenly. All that are left over count as one of them."""
     width: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1), AsTuple] | None = None
     """Channels of the host's first block, a list to draw from; a width that is named twice is twice as likely."""
 

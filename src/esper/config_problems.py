@@ -217,9 +217,13 @@ def _task(config: Fields, task: Task) -> Iterator[Finding]:
         if name not in known:
             legal = f"must be one of {', '.join(known)} (task {task.name} grows {task.topology} hosts)"
             yield Finding(f"blueprints[{index}]", name, legal, ("task",))
-    if config.family is not None and config.family.label_noise is not None and task.kind != "classification":
-        legal = f"only classes can be mistaken (task {task.name} predicts tokens); use null"
-        yield Finding("family.label_noise", config.family.label_noise, legal, ("task",))
+    for name in ("label_noise", "classes"):
+        value = None if config.family is None else getattr(config.family, name)
+        if value is not None and task.kind != "classification":
+            legal = f"only classes can be mistaken or left out (task {task.name} predicts tokens); use null"
+            yield Finding(f"family.{name}", value, legal, ("task",))
+        elif value is not None and name == "classes" and value[1] > task.n_outputs:
+            yield Finding("family.classes[1]", value[1], f"task {task.name} has {task.n_outputs} classes", ("task",))
     if config.family is not None and config.family.width is not None and task.topology != "cnn":
         legal = f"only cnn hosts have a width to draw (task {task.name} grows {task.topology} hosts); use null"
         yield Finding("family.width", config.family.width, legal, ("task",))

@@ -89,6 +89,7 @@ EVENTS: dict[str, EventType] = {
             "train_fraction": DataField("numbers per host", "part of the training split it trains on"),
             "label_noise": DataField("numbers per host", "part of its training samples with a wrong label"),
             "host_lr_factor": DataField("numbers per host", "factor on the learning rate of hosts"),
+            "classes": DataField("numbers per host", "classes it tells apart; null if all, as without a family"),
             "host_lr": DataField("numbers per host", "learning rate at the start of the episode"),
             "host_parameters": DataField("numbers per host", "parameters without seeds"),
         },

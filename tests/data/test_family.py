@@ -6,12 +6,12 @@ import torch
 from esper import keys as k
 from esper.config_fields import Family
 from esper.data.batches import SharedBatchIterator
-from esper.data.family import draws, lessons
+from esper.data.family import class_names, draws, lessons
 from esper.data.splits import Split, Splits
 
 N, M, CLASSES = 40, 60, 10
 HOSTS = k.host_keys(k.root(1), N)
-EVERYTHING = Family(train_fraction=(0.05, 1.0), label_noise=(0.0, 0.5), host_lr_factor=(0.1, 4.0))
+EVERYTHING = Family(train_fraction=(0.05, 1.0), label_noise=(0.0, 0.5), host_lr_factor=(0.1, 4.0), classes=(3, 7))
 
 
 def split(size: int = M) -> Split:
@@ -37,7 +37,8 @@ def samples(x: torch.Tensor) -> torch.Tensor:
 
 def test_draws_stay_in_their_ranges_and_fill_them() -> None:
     drawn = draws(EVERYTHING, k.host_keys(k.root(2), 4000))
-    for name, (least, greatest) in EVERYTHING.model_dump().items():
+    assert drawn["classes"].unique().tolist() == [3, 4, 5, 6, 7]
+    for name, (least, greatest) in EVERYTHING.model_dump(exclude={"classes", "width"}).items():
         values = drawn[name]
         assert least <= float(values.min()) <= float(values.max()) <= greatest
         middle = (least * greatest) ** 0.5 if name == "host_lr_factor" else (least + greatest) / 2
@@ -50,6 +51,8 @@ def test_what_is_not_drawn_is_as_without_a_family() -> None:
     assert drawn["train_fraction"].eq(1.0).all()
     assert drawn["label_noise"].eq(0.2).all()
     assert drawn["host_lr_factor"].eq(1.0).all()
+    assert drawn["classes"].isnan().all()
+    assert class_names(Family(label_noise=(0.2, 0.2)), split(), HOSTS) is None
 
 
 def test_a_host_draws_the_same_whatever_runs_beside_it() -> None:
@@ -88,16 +91,33 @@ def test_what_an_epoch_cuts_off_is_random() -> None:
 def test_exactly_the_drawn_part_of_its_samples_is_mislabelled_all_episode() -> None:
     taught = lessons(EVERYTHING, split(), HOSTS)
     noise = draws(EVERYTHING, HOSTS)["label_noise"]
+    names = class_names(EVERYTHING, split(), HOSTS)
     assert taught.labels is not None
+    assert names is not None
     for host, count in enumerate(taught.counts.tolist()):
         own = taught.members[host, :count]
-        wrong = taught.labels[host] != split().targets
+        wrong = taught.labels[host] != names[host][split().targets]
         assert int(wrong[own].sum()) == int(wrong.sum()) == round(float(noise[host]) * count)
-    assert taught.labels.min() >= 0
-    assert taught.labels.max() < CLASSES
+        assert set(taught.labels[host].tolist()) <= set(names[host].tolist())
     for number in range(2):
         x, y = epoch(EVERYTHING, number=number)
         assert torch.equal(y, taught.labels.gather(1, samples(x)))
+
+
+def test_a_host_keeps_its_classes_and_calls_the_rest_by_one_name() -> None:
+    keys = k.host_keys(k.root(4), 500)
+    drawn, names = draws(EVERYTHING, keys)["classes"].long().tolist(), class_names(EVERYTHING, split(), keys)
+    assert names is not None
+    for classes, row in zip(drawn, names.tolist(), strict=True):
+        kept = [c for c in range(CLASSES) if row[c] == c]
+        assert len(kept) == len(set(row)) == classes
+        assert len({row[c] for c in range(CLASSES) if row[c] != c}) == 1
+        assert set(row) == set(kept)
+    often = torch.tensor([[name == c for c, name in enumerate(row)] for row in names.tolist()]).double().mean(0)
+    assert float(often.max() - often.min()) < 0.15
+    every = class_names(Family(classes=(CLASSES, CLASSES)), split(), keys)
+    assert every is not None
+    assert torch.equal(every, torch.arange(CLASSES).expand(500, -1))
 
 
 def test_wrong_labels_are_any_other_class() -> None:
@@ -110,7 +130,7 @@ def test_wrong_labels_are_any_other_class() -> None:
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_host_that_draws_nothing_unusual_trains_as_without_a_family(augment: bool) -> None:
-    neutral = Family(train_fraction=(1.0, 1.0), label_noise=(0.0, 0.0), host_lr_factor=(1.0, 1.0))
+    neutral = Family(train_fraction=(1.0, 1.0), label_noise=(0.0, 0.0), host_lr_factor=(1.0, 1.0), classes=(10, 10))
     for plain, drawn in zip(epoch(None, augment=augment), epoch(neutral, augment=augment), strict=True):
         assert torch.equal(plain, drawn)
 

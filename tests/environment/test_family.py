@@ -11,16 +11,19 @@ from engine import Silent, run, tiny_config, tiny_task
 from esper import keys as k
 from esper.build import build_env
 from esper.config_fields import Family
-from esper.data.family import draws
+from esper.data.family import class_names, draws
+from esper.data.splits import Split
 from esper.environment.observation import feature
 from esper.environment.rewards import reward
 from esper.events import EventLog, load
+from esper.growth.step import evaluate
 from esper.run import train
 from esper.seeds.actions import Op
 from esper.telemetry import RolloutBook
 from tiny import differing
 
-FAMILY = {"train_fraction": [0.2, 1.0], "label_noise": [0.0, 0.5], "host_lr_factor": [0.2, 5.0]}
+FAMILY = {"train_fraction": [0.2, 1.0], "label_noise": [0.0, 0.5], "host_lr_factor": [0.2, 5.0], "classes": [2, 9]}
+NEUTRAL = {"train_fraction": [1.0, 1.0], "label_noise": [0.0, 0.0], "host_lr_factor": [1.0, 1.0], "classes": [10, 10]}
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +46,12 @@ WIDTHS = {"width": [1, 2, 4]}
 
 
 def test_neutral_draws_change_no_bit() -> None:
-    neutral = {name: [0.0, 0.0] if name == "label_noise" else [1.0, 1.0] for name in FAMILY}
-    assert differing(trained().growth()[0], trained(family=neutral).growth()[0]) == []
+    assert differing(trained().growth()[0], trained(family=NEUTRAL).growth()[0]) == []
 
 
 def test_each_draw_changes_every_host() -> None:
     plain = trained().growth()[0]["host", "params", "head", "weight"]
-    for name, value in {"train_fraction": 0.5, "label_noise": 0.5, "host_lr_factor": 2.0}.items():
+    for name, value in {"train_fraction": 0.5, "label_noise": 0.5, "host_lr_factor": 2.0, "classes": 2}.items():
         changed = trained(family={name: [value, value]}).growth()[0]["host", "params", "head", "weight"]
         assert not (plain == changed).flatten(1).all(1).any(), name
 
@@ -65,8 +67,26 @@ def test_the_learning_rate_is_the_drawn_share_of_the_given_one() -> None:
 
 def test_hosts_are_scored_on_all_of_the_same_samples() -> None:
     """Which samples a host trains on and under which labels is nothing to validation: fresh hosts score alike."""
-    plain, drawn = (build_env(tiny_config(n_envs=3, max_epochs=2, **f)) for f in ({}, {"family": FAMILY}))
+    family = {name: ends for name, ends in FAMILY.items() if name != "classes"}
+    plain, drawn = (build_env(tiny_config(n_envs=3, max_epochs=2, **f)) for f in ({}, {"family": family}))
     assert torch.equal(plain.reset()["observation"], drawn.reset()["observation"])
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_hosts_are_scored_by_the_names_they_have_for_classes(part: str) -> None:
+    env = trained(1, family={"classes": [2, 5]})
+    (growth,) = env.growth()
+    shard = env.shards[0]
+    names = class_names(Family(classes=(2, 5)), shard.splits.train, growth["key"])
+    scores = evaluate(env.shards, [growth], [((None,) * 3,) * 3], env.epochs, part)
+    split = getattr(shard.splits, part)
+    for host in range(3):
+        one = growth[host : host + 1]
+        own = replace(shard.splits, **{part: Split(split.inputs, names[host][split.targets])})
+        alone = replace(shard, size=1, splits=own)
+        expected = evaluate([alone], [one], [((None,) * 3,)], replace(env.epochs, family=None), part)
+        for name in ("loss", "correct", "seen"):
+            assert torch.equal(scores[host : host + 1][name], expected[name])
 
 
 def test_devices_do_not_change_what_is_drawn() -> None:
@@ -85,6 +105,7 @@ def test_events_tell_what_every_host_drew(tmp_path: Path) -> None:
         keys = k.host_keys(k.fold(k.root(42), k.Purpose.EPISODE, episode), 4)
         for name, values in draws(Family.model_validate_json(json.dumps(FAMILY)), keys).items():
             assert event["data"][name] == values.tolist()
+            assert event["data"]["classes"] != [None] * 4
     _, events = run(tmp_path / "plain", controller="never", max_epochs=2)
     assert "hosts" not in {event["type"] for event in events}
 

@@ -20,21 +20,24 @@ from esper.config_fields import Family
 from esper.data.splits import Split
 from esper.keys import Purpose
 
-_FRACTION, _NOISE, _RATE, _MEMBERS, _WRONG, _LABELS = range(6)
+_FRACTION, _NOISE, _RATE, _MEMBERS, _WRONG, _LABELS, _CLASSES, _KEPT = range(8)
 
 
 def draws(family: Family, keys: Tensor) -> TensorDict:
-    """What hosts with `keys` `[N]` draw, float64 `[N]` on the CPU: `train_fraction`, `label_noise`, `host_lr_factor`.
+    """What hosts with `keys` `[N]` draw, float64 `[N]` on the CPU: `train_fraction`, `label_noise`, `host_lr_factor`,
+    `classes`.
 
-    What the family does not draw is what a host without family has: 1, 0 and 1.
+    What the family does not draw is what a host without family has: 1, 0 and 1; and nan for all classes.
     """
     keys = keys.cpu()
+    least, greatest = family.classes or (math.nan, math.nan)
     factor = _drawn(tuple(map(math.log, family.host_lr_factor or (1.0, 1.0))), keys, _RATE).exp()
     return TensorDict(
         {
             "train_fraction": _drawn(family.train_fraction or (1.0, 1.0), keys, _FRACTION),
             "label_noise": _drawn(family.label_noise or (0.0, 0.0), keys, _NOISE),
             "host_lr_factor": factor,
+            "classes": _drawn((least, greatest + 1), keys, _CLASSES).floor(),
         },
         batch_size=keys.shape,
     )
@@ -43,6 +46,25 @@ def draws(family: Family, keys: Tensor) -> TensorDict:
 def _drawn(ends: tuple[float, ...], keys: Tensor, what: int) -> Tensor:
     least, greatest = ends
     return least + (greatest - least) * k.uniform(k.fold(keys, Purpose.FAMILY, what), dtype=torch.float64)
+
+
+def class_names(family: Family, train: Split, keys: Tensor) -> Tensor | None:
+    """What hosts with `keys` `[n]` call each class, int64 `[n, classes]`; None where all call them by their own name.
+
+    A host that draws `c` classes keeps the names of `c - 1`, drawn evenly, and calls all others by the name of one.
+    """
+    if family.classes is None:
+        return None
+    kept, seat = _class_seats(family, train, keys)
+    return kept.gather(1, seat)
+
+
+def _class_seats(family: Family, train: Split, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """All classes in the order in which each host keeps them, and the seat in that order of the name that it has for
+    each class; both int64 `[n, classes]`."""
+    kept = k.permutation(k.fold(keys, Purpose.FAMILY, _KEPT), train.classes)
+    last = draws(family, keys)["classes"].nan_to_num(train.classes).to(torch.int64).to(keys.device) - 1
+    return kept, kept.argsort(dim=1).minimum(last[:, None])
 
 
 @dataclass(frozen=True)
@@ -74,9 +96,9 @@ def lessons(family: Family, train: Split, keys: Tensor) -> Lessons:
     counts = (drawn["train_fraction"] * total).round().clamp(min=1).to(torch.int64)
     member = _first(k.bits(k.fold(keys, Purpose.FAMILY, _MEMBERS), total), counts)
     labels = None
-    if family.label_noise is not None:
+    if family.label_noise is not None or family.classes is not None:
         wrong = (drawn["label_noise"] * counts).round().to(torch.int64)
-        labels = _mislabelled(train, member, wrong, keys)
+        labels = _labels(family, train, member, wrong, keys)
     return Lessons((~member).to(torch.int8).argsort(dim=1, stable=True), counts, labels)
 
 
@@ -86,14 +108,17 @@ def _first(draw: Tensor, counts: Tensor) -> Tensor:
     return rank < counts[:, None]
 
 
-def _mislabelled(train: Split, member: Tensor, wrong: Tensor, keys: Tensor) -> Tensor:
-    """Targets `[n, M]` of which exactly `wrong` `[n]` of each host's own samples are some other class, drawn evenly."""
-    classes, total = train.classes, len(train)
+def _labels(family: Family, train: Split, member: Tensor, wrong: Tensor, keys: Tensor) -> Tensor:
+    """Targets `[n, M]` by each host's names, of which exactly `wrong` `[n]` of its own samples have another of its
+    names, drawn evenly."""
+    total = len(train)
+    kept, seats = _class_seats(family, train, keys)
+    seat, names = seats[:, train.targets], seats.amax(dim=1, keepdim=True) + 1
     key = k.fold(keys, Purpose.FAMILY, _WRONG)
     # Half the range for samples of one's own, the other half for the rest, which therefore come last.
     draw = (k.bits(key, total) >> 1) + torch.where(member, -(1 << 62), 1 << 62)
-    off = 1 + k.integers(k.fold(keys, Purpose.FAMILY, _LABELS), classes - 1, total)
-    return torch.where(_first(draw, wrong), (train.targets + off) % classes, train.targets)
+    off = 1 + (k.bits(k.fold(keys, Purpose.FAMILY, _LABELS), total) >> 1) % (names - 1)
+    return kept.gather(1, torch.where(_first(draw, wrong), (seat + off) % names, seat))
 
 
 def _rounds(keys: Tensor, counts: Tensor, length: int) -> tuple[Tensor, Tensor]:

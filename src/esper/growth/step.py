@@ -16,6 +16,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.config_fields import Family
 from esper.data.batches import SharedBatchIterator, evaluation_batches
+from esper.data.family import class_names
 from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
@@ -219,14 +220,18 @@ def evaluate(
     part: str,
 ) -> TensorDict:
     """Score every coalition of every host on one split; `empty_scores` `[N]` on the CPU."""
+    pairs, family = list(zip(shards, growth, strict=True)), settings.family
     carries = [
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
     ]
     size, dtype = settings.evaluation_batch, settings.dtype
+    names = [None if family is None else class_names(family, s.splits.train, g["key"]) for s, g in pairs]
     streams = [evaluation_batches(s.splits, _part(s.splits, part), size, dtype) for s in shards]
     for batch in zip(*streams, strict=True):
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
-            carries[i] = shard.executor.evaluate_step(carries[i], x, y)
+            own = names[i]
+            targets = y.expand(shard.size, *y.shape) if own is None else own[:, y]
+            carries[i] = shard.executor.evaluate_step(carries[i], x, targets)
     return torch.cat([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
 
 

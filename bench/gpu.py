@@ -105,7 +105,7 @@ def run(
         carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], t == steps - 1)
     trained, measured = executor.finish(carry, growth)
     scoring = executor.begin_evaluation(trained, plan, x[0])
-    scores = executor.finish_evaluation(executor.evaluate_step(scoring, x[-1], y[-1]))
+    scores = executor.finish_evaluation(executor.evaluate_step(scoring, x[-1], y))
     parts: dict[str, Tensor] = {
         "loss": measured["loss"],
         "scores": scores["loss"],

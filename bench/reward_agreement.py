@@ -70,7 +70,7 @@ def rewards(settings: RewardSettings) -> dict[str, RewardSettings]:
 def episode(config: TrainingConfig, controller: Controller) -> dict[str, Any]:
     """Mean objective, and mean return under every reward, of one episode."""
     env = build_env(config)
-    book = RolloutBook(env.spec, env.settings.reward.param_budget, config.param_penalty_weight)
+    book = RolloutBook(config.param_penalty_weight)
     variants = rewards(env.settings.reward)
     returns = dict.fromkeys(variants, 0.0)
 

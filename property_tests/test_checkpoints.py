@@ -53,7 +53,7 @@ class Place:
         env = build_env(config)
         policy = build_controller(config, env)
         collector = BatchFirstCollector(env, policy, rollouts=3)
-        book = RolloutBook(env.spec, 2000, 0.1)
+        book = RolloutBook(0.1)
         env.observer = book.add
         self.engine = Engine(config, env, collector, build_learner(config, policy), book, self.events)
         about = {

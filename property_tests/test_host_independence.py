@@ -33,7 +33,7 @@ def epoch(growth: TensorDict, key: torch.Tensor) -> tuple[TensorDict, TensorDict
         carry = executor.train_step(carry, x, y, RATE[:n], RATE[:n], k.fold(keys, t, 2), t == 1)
     growth, measured = executor.finish(carry, growth)
     scoring = executor.begin_evaluation(growth, plan, k.normal(key, 6, 1, 8, 8))
-    scoring = executor.evaluate_step(scoring, k.normal(key, 6, 1, 8, 8), k.integers(key, 10, 6))
+    scoring = executor.evaluate_step(scoring, k.normal(key, 6, 1, 8, 8), k.integers(keys, 10, 6))
     return growth, measured, executor.finish_evaluation(scoring)
 
 

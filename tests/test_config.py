@@ -266,3 +266,38 @@ def test_the_captured_executor_needs_gpus() -> None:
     (problem,) = problems_of(executor="captured", devices=["cuda:0", "cpu"], n_envs=2)
     assert problem.startswith('executor: "captured": records CUDA programs')
     assert TrainingConfig(executor="captured", devices=["cuda:0"]).executor == "captured"
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"),
+    [
+        ({}, "family: {}: must draw at least one of train_fraction, label_noise, host_lr_factor, classes, width"),
+        ({"label_noise": [0.4, 0.2]}, "family.label_noise: [0.4, 0.2]: the first may not be above the second"),
+        (
+            {"train_fraction": [0.0, 1.0]},
+            "family.train_fraction[0]: 0.0: must be a number > 0 and <= 1",
+        ),
+        (
+            {"host_lr_factor": [1.0]},
+            "family.host_lr_factor: [1.0]: must be a list of 2 to 2 entries, each a number > 0 or null",
+        ),
+        ({"noise": [0.0, 0.1]}, "family.noise: [0.0, 0.1]: there is no such field; did you mean label_noise?"),
+    ],
+)
+def test_a_family_that_cannot_be_drawn_is_refused(family: dict[str, object], problem: str) -> None:
+    assert problems_of(family=family) == (problem,)
+
+
+def test_only_classes_can_be_mistaken() -> None:
+    (problem,) = problems_of(task="pydocs", family={"label_noise": [0.0, 0.1]})
+    assert problem.startswith("family.label_noise: [0.0, 0.1]: only classes can be mistaken or left out")
+    (problem,) = problems_of(family={"classes": [2, 11]})
+    assert problem == "family.classes[1]: 11: task digits has 10 classes"
+    assert TrainingConfig(task="pydocs", family={"train_fraction": (0.1, 1.0)}).family is not None
+
+
+def test_only_the_width_of_the_task_s_own_cnn_can_be_drawn() -> None:
+    (problem,) = problems_of(task="pydocs", family={"width": [1, 2]})
+    assert problem.startswith("family.width: [1, 2]: only cnn hosts have a width to draw")
+    (problem,) = problems_of(start_from="grown", family={"width": [1, 2]})
+    assert problem == 'family.width: [1, 2]: start_from ("grown") decides the width; use null'

@@ -26,6 +26,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "slots": (["mid"], {}),
     "blueprints": (["norm"], {}),
     "max_seeds": (1, {}),
+    "family": ({"train_fraction": [0.5, 1.0]}, {}),
     "data_dir": ("elsewhere", {"task": "cifar10"}),
     "train_samples": (17, {}),
     "seed": (43, {}),

@@ -17,7 +17,7 @@ from engine import tiny_task
 from esper import keys as k
 from esper.build import build_env
 from esper.config import TrainingConfig
-from esper.export import accuracy, as_module, main, write
+from esper.export import accuracy, as_module, export_run, main, write
 from esper.exported import load_exported
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
@@ -290,6 +290,17 @@ def test_the_command_line_exports_the_best_host_of_a_run(tmp_path, capsys):
             assert main([str(tmp_path / run), flag, str(tmp_path / out), *rest]) == 2
             assert message in capsys.readouterr().err
             assert not (tmp_path / "new").exists()
+
+
+def test_the_accuracy_of_a_host_is_by_its_own_names_for_classes(tmp_path):
+    family = {"classes": [2, 2], "width": [1, 2]}
+    fields = {"n_envs": 2, "n_episodes": 2, "max_epochs": 2, "controller": "never", "slots": ["mid"], "family": family}
+    with tiny_task():
+        _, events = whole_run(tmp_path / "run", **fields)
+        for host in range(2):
+            about = export_run(tmp_path / "run", tmp_path / f"out{host}", host)
+            reported = [e["data"]["validation_accuracy"] for e in events if e["type"] == "epoch" and e["host"] == host]
+            assert about["validation_accuracy"] == pytest.approx(reported[-1], abs=1e-4)
 
 
 def test_a_run_starts_from_an_exported_network_that_fits_its_task(tmp_path):

@@ -6,6 +6,7 @@ Every function does one step, so that a notebook can take any of them and swap t
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from esper.growth.grown import grown_start
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard
 from esper.hosts.base import Host
+from esper.hosts.cnn import CNNHost
+from esper.hosts.padded import PaddedHost
 from esper.seeds.actions import HEADS
 from esper.seeds.lifecycle import LifecycleRules
 from esper.seeds.slots import ordered_slots
@@ -76,8 +79,13 @@ _FITS = ("in_channels", "num_classes", "vocab_size", "block_size")
 
 
 def _starting_host(config: TrainingConfig, task: Task) -> Host:
-    """The task's own host, or a grown one that takes and gives the same."""
+    """The task's own host, the widest of a family in which the others fit, or a grown one that takes and gives the
+    same. Raises ValueError for one that cannot."""
     own = task.host()
+    if config.family is not None and config.family.width is not None:
+        if not isinstance(own, CNNHost):
+            raise ValueError(f"family.width: {type(own).__name__} of task {task.name}: must be a CNNHost")
+        return PaddedHost(replace(own, base_channels=max(config.family.width)), config.family.width)
     if config.start_from is None:
         return own
     grown = grown_start(config.start_from)
@@ -158,7 +166,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
             gamma=config.gamma,
             max_epochs=spec.rules.max_epochs,
             host_parameters=spec.host_parameters,
-            param_budget=config.param_budget or 4 * spec.host_parameters,
+            param_budget=config.param_budget,
             param_penalty_weight=config.param_penalty_weight,
             sparse_reward_scale=config.sparse_reward_scale,
             loss=LossSettings(task.baseline_loss, task.target_loss, task.typical_loss_delta_std, task.loss_rent_weight),
@@ -166,7 +174,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
     )
     # Logits over a vocabulary are too large to score more blocks at a time than are trained on.
     evaluation_batch = batch_size if task.kind == "lm" else max(batch_size, _SCORED_IMAGES)
-    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment)
+    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment, family=config.family)
     return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
 
 

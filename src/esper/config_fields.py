@@ -76,6 +76,26 @@ class HeadFloors(BaseModel):
     """What is done."""
 
 
+_ENDS = Field(min_length=2, max_length=2)
+
+
+class Family(BaseModel):
+    """In what the hosts of an episode differ: each range is drawn from anew for every host of every episode."""
+
+    model_config = _SETTINGS
+
+    train_fraction: Annotated[tuple[Share, ...], _ENDS, AsTuple] | None = None
+    """Part of the training split that a host trains on; drawn evenly. Its epochs are as long as everybody's."""
+    label_noise: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], _ENDS, AsTuple] | None = None
+    """Part of a host's training samples that carry a wrong label all episode; drawn evenly."""
+    host_lr_factor: Annotated[tuple[Positive, ...], _ENDS, AsTuple] | None = None
+    """Factor on the host's learning rate; its logarithm is drawn evenly."""
+    classes: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _ENDS, AsTuple] | None = None
+    """How many classes a host tells apart; drawn evenly. All that are left over count as one of them."""
+    width: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1), AsTuple] | None = None
+    """Channels of the host's first block, a list to draw from; a width that is named twice is twice as likely."""
+
+
 class Fields(BaseModel):
     """Every field with its own check. `esper.config.TrainingConfig` adds the checks between fields."""
 
@@ -92,6 +112,8 @@ class Fields(BaseModel):
     """Folder of an exported network that every host starts as, instead of the task's own host."""
     max_seeds: Annotated[int, Field(ge=1)] | None = None
     """Most seeds a host may hold at a time, fossils included; null for no limit."""
+    family: Family | None = None
+    """In what the hosts of an episode differ besides their keys; null for nothing."""
     data_dir: Annotated[str, Field(min_length=1)] = "data"
     """Folder with the files of tasks that are not built in."""
 

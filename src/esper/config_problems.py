@@ -134,6 +134,7 @@ def _contradictions(config: Fields) -> Iterator[Finding]:
     yield from _devices(config)
     yield from _learner(config)
     yield from _steps(config)
+    yield from _family(config)
     if config.task in task_names():
         yield from _task(config, get_task(config.task))
     else:
@@ -201,12 +202,37 @@ def _steps(config: Fields) -> Iterator[Finding]:
                 yield Finding(f"{place}.{name}", value, legal)
 
 
+def _family(config: Fields) -> Iterator[Finding]:
+    if config.family is None:
+        return
+    ranges = config.family.model_dump(exclude_none=True)
+    if not ranges:
+        yield Finding("family", {}, f"must draw at least one of {', '.join(type(config.family).model_fields)}")
+    width = ranges.pop("width", None)
+    if width is not None and config.start_from is not None:
+        legal = f"start_from ({json.dumps(config.start_from)}) decides the width; use null"
+        yield Finding("family.width", width, legal, ("start_from",))
+    for name, (least, greatest) in ranges.items():
+        if least > greatest:
+            yield Finding(f"family.{name}", [least, greatest], "the first may not be above the second")
+
+
 def _task(config: Fields, task: Task) -> Iterator[Finding]:
     known = blueprint_names(task.topology)
     for index, name in enumerate(config.blueprints or ()):
         if name not in known:
             legal = f"must be one of {', '.join(known)} (task {task.name} grows {task.topology} hosts)"
             yield Finding(f"blueprints[{index}]", name, legal, ("task",))
+    for name in ("label_noise", "classes"):
+        value = None if config.family is None else getattr(config.family, name)
+        if value is not None and task.kind != "classification":
+            legal = f"only classes can be mistaken or left out (task {task.name} predicts tokens); use null"
+            yield Finding(f"family.{name}", value, legal, ("task",))
+        elif value is not None and name == "classes" and value[1] > task.n_outputs:
+            yield Finding("family.classes[1]", value[1], f"task {task.name} has {task.n_outputs} classes", ("task",))
+    if config.family is not None and config.family.width is not None and task.topology != "cnn":
+        legal = f"only cnn hosts have a width to draw (task {task.name} grows {task.topology} hosts); use null"
+        yield Finding("family.width", config.family.width, legal, ("task",))
     plateau = task.plateau_threshold if config.plateau_threshold is None else config.plateau_threshold
     improvement = task.improvement_threshold if config.improvement_threshold is None else config.improvement_threshold
     if plateau > improvement:

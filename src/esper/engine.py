@@ -238,6 +238,9 @@ def observer(env: GrowthEnv, events: EventLog, progress: Progress, book: Rollout
     """What a run does with every step: events, the rollout's book, the display."""
 
     def observe(result: TensorDict) -> None:
+        drawn = env.drawn() if env.epoch == 1 else None
+        if drawn is not None:
+            events.write("hosts", episode=env.episode, epoch=0, **drawn)
         record_step(events, result, env.spec, env.episode, env.epoch - 1)
         book.add(result)
         progress.epoch(env.episode, env.epoch, result["metrics", "val_accuracy"].tolist())

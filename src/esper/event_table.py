@@ -78,7 +78,20 @@ EVENTS: dict[str, EventType] = {
             "slots": DataField("texts", "the run's slots, in order"),
             "blueprints": DataField("texts", "seeds that can be planted, in order of the blueprint head"),
             "max_epochs": DataField("count", "epochs of an episode"),
-            "host_parameters": DataField("count", "parameters of a host without seeds"),
+            "host_parameters": DataField("count", "parameters of a host without seeds, of the widest if they differ"),
+        },
+    ),
+    "hosts": EventType(
+        "minimal",
+        "info",
+        "What the hosts of an episode have drawn from their family.",
+        {
+            "train_fraction": DataField("numbers per host", "part of the training split it trains on"),
+            "label_noise": DataField("numbers per host", "part of its training samples with a wrong label"),
+            "host_lr_factor": DataField("numbers per host", "factor on the learning rate of hosts"),
+            "classes": DataField("numbers per host", "classes it tells apart; null if all, as without a family"),
+            "host_lr": DataField("numbers per host", "learning rate at the start of the episode"),
+            "host_parameters": DataField("numbers per host", "parameters without seeds"),
         },
     ),
     "germinated": EventType(

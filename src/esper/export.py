@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from esper.checkpoint.snapshot import Manifest, checkpoints, read_snapshot
 from esper.checkpoint.store import FOLDER
 from esper.config import TrainingConfig
 from esper.data.batches import calibration_batch, evaluation_batches
+from esper.data.family import class_names
 from esper.data.splits import Splits
 from esper.errors import CheckpointError, InputError
 from esper.events import write_json
@@ -171,14 +172,15 @@ def export_run(run: Path, out: Path, host: int | None = None) -> dict[str, Any]:
     calibration = None
     if config.coalition_statistics == "recalibrated":
         calibration = calibration_batch(splits, k.root(config.seed), config.batch_size or task.batch_size)
-    shards = [finished["growth", str(i)].select("host", "seeds", "slots") for i in range(len(manifest.groups))]
-    architecture, network = as_module(build_spec(config, task), torch.cat(shards), chosen, calibration)
+    shards = [finished["growth", str(i)].select("host", "seeds", "slots", "key") for i in range(len(manifest.groups))]
+    growth: TensorDict = torch.cat(shards)
+    architecture, network = as_module(build_spec(config, task), growth, chosen, calibration)
     about = {
         "task": config.task,
         "seed": config.seed,
         "host": chosen,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "validation_accuracy": accuracy(network, splits),
+        "validation_accuracy": accuracy(network, _told(config, splits, growth["key"][chosen : chosen + 1].cpu())),
     }
     write(out, {**architecture, "input": _preparation(splits), "about": about}, network)
     return about
@@ -195,6 +197,14 @@ def _last_whole_episode(run: Path) -> tuple[Manifest, TensorDict]:
         if "finished" in snapshot.parts:
             return manifest, snapshot.parts["finished"]
     raise InputError([*problems, f'run: "{run}": must have a checkpoint from the end of an episode'])
+
+
+def _told(config: TrainingConfig, splits: Splits, key: Tensor) -> Splits:
+    """The splits with the validation targets of the host with `key` `[1]`."""
+    names = None if config.family is None else class_names(config.family, splits.train, key)
+    if names is None:
+        return splits
+    return replace(splits, validation=replace(splits.validation, targets=names[0][splits.validation.targets]))
 
 
 def _preparation(splits: Splits) -> dict[str, Any] | None:

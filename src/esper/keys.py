@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     CONTROLLER = 11
     MINIBATCH = 12
     STATISTICS = 14
+    FAMILY = 15
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

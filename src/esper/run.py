@@ -114,7 +114,7 @@ def train(
 
 def _engine(config: TrainingConfig, events: EventLog, progress: Progress, watch: Observer | None) -> Engine:
     env = build_env(config)
-    book = RolloutBook(env.spec, env.settings.reward.param_budget, config.param_penalty_weight)
+    book = RolloutBook(config.param_penalty_weight)
     observe = observer(env, events, progress, book)
 
     def all_observe(result: TensorDict) -> None:

@@ -132,9 +132,8 @@ def _stage_change(
 class RolloutBook:
     """Adds up what a rollout's `rollout` event reports; one per run, reset by `close`."""
 
-    def __init__(self, spec: GrowthSpec, param_budget: int, param_penalty_weight: float) -> None:
-        self.spec = spec
-        self._price = (param_budget, param_penalty_weight)
+    def __init__(self, param_penalty_weight: float) -> None:
+        self._weight = param_penalty_weight
         self._clear()
 
     def _clear(self) -> None:
@@ -170,12 +169,12 @@ class RolloutBook:
             raise RuntimeError("a rollout needs at least one step before it can be closed")
         after, accuracy = self._last["after"], self._last["metrics", "val_accuracy"]
         extra = after["parameters"].sum(1)
-        budget, weight = self._price
+        own, budget = self._last["host_parameters"], self._last["param_budget"]
         data = {
             "validation_accuracy": accuracy.tolist(),
             "returns": self._returns.tolist(),
-            "objective": objective(accuracy, extra, budget, weight).tolist(),
-            "parameters": (extra + self.spec.host_parameters).tolist(),
+            "objective": objective(accuracy, extra, budget, self._weight).tolist(),
+            "parameters": (extra + own).tolist(),
             "ops": dict(sorted(self._ops.items())),
             "planted": self._planted,
             "kept": int((after["stage"] == Stage.FOSSILIZED).sum()),

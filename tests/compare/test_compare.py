@@ -25,9 +25,11 @@ from esper.compare.play import Role, accuracy_on_test, costs_of, play
 from esper.compare.table import summarise
 from esper.compare.widen import size, widened
 from esper.config import ConfigError
+from esper.config_fields import Family
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
+from esper.data.family import draws
 from esper.errors import InputError
 from esper.growth.flops import FLOPS, TRAINING
 from esper.growth.plan import Mode, SlotPlan
@@ -166,6 +168,35 @@ def test_an_environment_plays_the_hosts_of_a_role_again_and_again() -> None:
     assert not torch.equal(first.accuracy, faster.accuracy)
 
 
+def test_arms_meet_the_same_draws_and_the_report_has_them(tmp_path: Path) -> None:
+    """The rate that is tuned is the base on which every host's factor acts."""
+    data = {**comparison(points=True), "seeds": 3, "tuning_seeds": 2}
+    data["arms"][0]["host_lrs"] = [0.2]
+    family = {"train_fraction": [0.2, 1.0], "host_lr_factor": [0.5, 2.0], "width": [1, 2, 4]}
+    data["training"]["incubation"] = "none"
+    data["arms"].append({"kind": "static-final", "of": "schedule"})
+    data["training"] |= {"task": "tiny", "family": family, "max_epochs": 2}
+    (tmp_path / "compare.json").write_text(json.dumps(data))
+    with tiny_task():
+        assert main(["--config", str(tmp_path / "compare.json"), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    hosts = report["hosts"]
+    keys = k.host_keys(k.fold(k.root(42), Purpose.EPISODE, Role.EVALUATION), 3)
+    expected = draws(Family.model_validate_json(json.dumps(family)), keys)
+    assert hosts["train_fraction"] == expected["train_fraction"].tolist()
+    assert hosts["host_lr"] == pytest.approx((0.2 * expected["host_lr_factor"]).tolist())
+    assert len(set(hosts["host_parameters"])) > 1
+    for entry in report["arms"]:
+        seeds, own = entry["seeds"], hosts["host_parameters"]
+        for i, (size_, accuracy) in enumerate(zip(seeds["parameters"], seeds["validation"], strict=True)):
+            assert (size_ > own[i]) == (entry["name"] != "never")
+            assert seeds["objective"][i] == pytest.approx(accuracy - 10 * (size_ - own[i]) / (4 * own[i]), abs=1e-4)
+    ordered = [
+        report["arms"][0]["seeds"]["training"][i] for i in sorted(range(3), key=hosts["host_parameters"].__getitem__)
+    ]
+    assert ordered == sorted(ordered)
+
+
 def test_a_grown_architecture_trains_from_the_first_epoch() -> None:
     with tiny_task():
         env = build_env(tiny_config(n_envs=2, max_epochs=4, incubation="none", blueprints=["conv_light", "norm"]))
@@ -292,6 +323,13 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"seeds": 1}, "seeds: 1"),
+        (
+            {
+                "training": {"task": "digits", "family": {"width": [2, 4]}},
+                "arms": [{"kind": "never"}, {"kind": "static-equal", "of": "never"}],
+            },
+            "no one host to widen where family.width draws",
+        ),
         ({"speed": 1}, "speed: 1"),
         ({"training": {"task": "digits", "n_envs": 4}}, "training.n_envs: 4: is decided by the arms"),
         ({"training": {"task": "nothing"}}, 'training.task: "nothing"'),

@@ -62,8 +62,8 @@ def outcome(executor, spec: GrowthSpec, growth: TensorDict, topology: str) -> di
         carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], True)
     trained, measured = executor.finish(carry, growth)
     scoring = executor.begin_evaluation(trained, plan, x[0])
-    scoring = executor.evaluate_step(scoring, x[1], y[1])
-    scoring = executor.evaluate_step(scoring, x[2, :5], y[2, :5])
+    scoring = executor.evaluate_step(scoring, x[1], y)
+    scoring = executor.evaluate_step(scoring, x[2, :5], y[:, :5])
     scores = executor.finish_evaluation(scoring)
     parts = {name: flat(trained["host", name]) for name in ("params", "statistics", "moments")}
     return {
@@ -146,7 +146,7 @@ def test_no_batch_waits_for_the_device(executor: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in data:
-            scoring = runner.evaluate_step(scoring, x[0], y[0])
+            scoring = runner.evaluate_step(scoring, x[0], y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     runner.finish(carry, other)

@@ -101,7 +101,7 @@ def score(spec, growth, name):
     executor, plan = EXECUTORS[name](spec), make_plan(growth["slots"], spec)
     carry = executor.begin_evaluation(growth, plan, calibration(spec))
     for x, y in batches(spec, growth):
-        carry = executor.evaluate_step(carry, x, y)
+        carry = executor.evaluate_step(carry, x, y.expand(len(plan), *y.shape))
     return executor.finish_evaluation(carry).cpu()
 
 

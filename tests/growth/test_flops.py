@@ -119,7 +119,7 @@ def test_the_ledger_counts_what_ran_seeds_that_were_culled_too() -> None:
     assert isinstance(run.shards[0].executor, LoopExecutor)
     cost = Costs(run.spec, (1, 8, 8), trained=32, scored=40, calibrating=32)
     ledger = Ledger(cost, 2)
-    ledger.reset(run.growth["slots"])
+    ledger.reset(run.growth["slots"], run.growth["key"])
     ledger.add(run.step({0: germinate(0)}))
     ledger.add(run.step({0: (2, 0)}))
     entry = SlotPlan("conv_light", Mode.STRAIGHT_THROUGH)

@@ -65,6 +65,7 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
         raise InputError([str(error)]) from error
     out.mkdir(parents=True, exist_ok=True)
     run_arms(bench)
+    drawn = judge.drawn()
     summary = summarise(bench.rows.values(), k.fold(k.root(config.shared.seed), k.Purpose.STATISTICS))
     about = {
         "command": command,
@@ -72,6 +73,7 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
         "config": config.to_dict(),
         "training": config.shared.to_dict(),
         "host_parameters": judge.spec.host_parameters,
+        "hosts": None if drawn is None else drawn.to_dict(),
         "arms": summary,
     }
     write_json(out / "compare.json", about)

@@ -34,7 +34,7 @@ from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
 from esper.control.transfer import Transferred
-from esper.environment.env import GrowthEnv
+from esper.environment.env import GrowthEnv, episode_keys
 from esper.errors import InputError
 from esper.events import EventLog
 from esper.growth.flops import FLOPS, TRAINING, Ledger
@@ -140,11 +140,12 @@ def _trained(bench: Bench, arm: Ppo, training: TrainingConfig) -> int:
     ledger = Ledger(costs, training.n_envs)
     with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
         train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
-    for _ in range(-(-training.n_episodes // training.n_envs)):
-        ledger.reset(empty)
+    for episode in range(-(-training.n_episodes // training.n_envs)):
+        keys = episode_keys(training.seed, episode, training.n_envs)
+        ledger.reset(empty, keys)
         if training.reward_baseline == "twin":
             for _ in range(bench.judge.spec.rules.max_epochs):
-                ledger.add(TensorDict({"lived": empty}))
+                ledger.add(TensorDict({"lived": empty, "key": keys}))
     return int(ledger.total.sum())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -77,10 +77,10 @@ class Bench:
         return build_env(self.config.shared.replace(n_envs=hosts, reward_baseline="none", **fields), task=task)
 
     def objective(self, outcome: Outcome) -> Tensor:
-        """The project's objective `[N]`; parameters beyond those of an ungrown host have their price."""
-        reward = self.judge.settings.reward
-        extra = outcome.parameters - reward.host_parameters
-        return objective(outcome.accuracy, extra, reward.param_budget, reward.param_penalty_weight)
+        """The project's objective `[N]`; parameters beyond those of the same host ungrown have their price."""
+        plain = self.judge.spec.parameters_of(outcome.keys)
+        prices = replace(self.judge.settings.reward, host_parameters=plain)
+        return objective(outcome.accuracy, outcome.parameters - plain, prices.budget, prices.param_penalty_weight)
 
     def tune(self, controller: Controller, tried: int, host_lr: tuple[float, ...] | None = None) -> Trial:
         """How the tuning hosts fare under each of `tried` things at once. Hosts do not depend on each other, so every

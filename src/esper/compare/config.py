@@ -245,6 +245,8 @@ def _problems(config: CompareConfig) -> Iterator[str]:
                 yield f"{place}.name: {row!r}: is taken by an arm before it"
         if isinstance(arm, StaticFinal | StaticEqual) and arm.of not in known:
             yield f"{place}.of: {arm.of!r}: must be a row before it: {', '.join(known) or 'there is none'}"
+        if isinstance(arm, StaticEqual) and training.family is not None and training.family.width is not None:
+            yield f"{place}: static-equal: there is no one host to widen where family.width draws; leave the arm out"
         if isinstance(arm, Schedule):
             yield from _schedule(arm, training, place)
         if isinstance(arm, Ppo):

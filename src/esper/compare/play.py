@@ -38,10 +38,11 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `N` hosts ended: `accuracy` (validation, percentage points), `parameters` (int64, seeds included), FLOPs
-    `training` and `evaluation` (int64), all `[N]`, their slot records `[N, S]`, the stage of every slot in every epoch
-    `stages` `[N, T, S]`, and the `rollout` `[N, T]`."""
+    """How `N` hosts ended: their `keys`, `accuracy` (validation, percentage points), `parameters` (int64, seeds
+    included), FLOPs `training` and `evaluation` (int64), all `[N]`, their slot records `[N, S]`, the stage of every
+    slot in every epoch `stages` `[N, T, S]`, and the `rollout` `[N, T]`."""
 
+    keys: Tensor
     accuracy: Tensor
     parameters: Tensor
     training: Tensor
@@ -103,7 +104,8 @@ def play(
     first = whole.reset()
     if grown is not None:
         _fossilize(env, grown)
-    ledger.reset(env.records())
+    keys = torch.cat([g["key"].cpu() for g in env.growth()])
+    ledger.reset(env.records(), keys)
     exploration = ExplorationType.MODE if greedy else ExplorationType.RANDOM
     with set_exploration_type(exploration):
         rollout = whole.rollout(
@@ -112,7 +114,8 @@ def play(
     records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
     return Outcome(
         accuracy=accuracy,
-        parameters=records["parameters"].sum(1) + env.spec.host_parameters,
+        keys=keys,
+        parameters=records["parameters"].sum(1) + env.host_parameters(),
         training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from esper import keys as k
+from esper.config_fields import Family
+from esper.data.family import lessons
 from esper.data.splits import Split, Splits
 
 Batch = tuple[Tensor, Tensor]
@@ -58,7 +61,8 @@ class SharedBatchIterator:
     is a list with one `(x [n, B, ...], y [n, B] or [n, B, L])` per group, so a consumer issues batch `t` on all
     devices before batch `t + 1`. Each host sees the whole training split once, in an order (and augmentation) that
     depends only on its key and the epoch: neither on the other hosts nor on the grouping, and the augmentation of a
-    sample not on its batch. The last partial batch is dropped.
+    sample not on its batch. The last partial batch is dropped. With a `family`, each host goes through its own part of
+    the split instead, again and again in as many batches, with the labels that it is taught.
 
     Raises ValueError when groups, keys and devices do not match, when the split fills no batch, or when tokens would be
     augmented.
@@ -70,6 +74,7 @@ class SharedBatchIterator:
     epoch: int
     augment: bool = False
     dtype: torch.dtype = torch.float32
+    family: Family | None = None
 
     def __post_init__(self) -> None:
         if not self.splits or len(self.splits) != len(self.keys):
@@ -94,25 +99,44 @@ class SharedBatchIterator:
         return len(self.splits[0].train) // self.batch_size
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        orders = [
-            k.permutation(k.fold(key, k.Purpose.ORDER, self.epoch), len(splits.train))
-            for splits, key in zip(self.splits, self.keys, strict=True)
-        ]
-        augment_keys = [k.fold(key, k.Purpose.AUGMENT, self.epoch) for key in self.keys]
+        epochs = [self._epoch(splits, key) for splits, key in zip(self.splits, self.keys, strict=True)]
         for start in range(0, len(self) * self.batch_size, self.batch_size):
+            part = slice(start, start + self.batch_size)
             yield [
-                self._pick(splits, order[:, start : start + self.batch_size], key)
-                for splits, order, key in zip(self.splits, orders, augment_keys, strict=True)
+                self._pick(splits, epoch, part, k.fold(key, k.Purpose.AUGMENT, self.epoch))
+                for splits, epoch, key in zip(self.splits, epochs, self.keys, strict=True)
             ]
 
-    def _pick(self, splits: Splits, samples: Tensor, key: Tensor) -> Batch:
-        """The batch of one group; `samples` `[n, B]` indexes the training split."""
-        flat, train = samples.flatten(), splits.train
+    def _epoch(self, splits: Splits, key: Tensor) -> _Epoch:
+        order_key = k.fold(key, k.Purpose.ORDER, self.epoch)
+        if self.family is None:
+            order = k.permutation(order_key, len(splits.train))
+            return _Epoch(order, order, None)
+        taught = lessons(self.family, splits.train, key)
+        order, passes = taught.order(order_key)
+        return _Epoch(order, order + passes * len(splits.train), taught.labels)
+
+    def _pick(self, splits: Splits, epoch: _Epoch, part: slice, key: Tensor) -> Batch:
+        """The batch of one group that is `part` of its epoch."""
+        samples, train = epoch.samples[:, part], splits.train
+        flat = samples.flatten()
         x = train.inputs.index_select(0, flat).unflatten(0, samples.shape)
-        y = train.targets.index_select(0, flat).unflatten(0, samples.shape)
         if self.augment:
-            x = augment(x, k.fold(key.unsqueeze(-1), samples))
+            x = augment(x, k.fold(key.unsqueeze(-1), epoch.meetings[:, part]))
+        if epoch.labels is None:
+            y = train.targets.index_select(0, flat).unflatten(0, samples.shape)
+        else:
+            y = epoch.labels.gather(1, samples)
         return splits.prepare(x, self.dtype), y.to(torch.int64)
+
+
+class _Epoch(NamedTuple):
+    """One epoch of a group: the samples in order, int64 `[n, M]`; a number for each sample in each pass, which keys its
+    augmentation; and the labels `[n, M]` of all samples, None for the true ones."""
+
+    samples: Tensor
+    meetings: Tensor
+    labels: Tensor | None
 
 
 def evaluation_batches(

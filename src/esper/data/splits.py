@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ class Split:
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])
+
+    @cached_property
+    def classes(self) -> int:
+        """Number of classes among the targets. Raises ValueError for tokens, which have none."""
+        if self.targets.dim() != 1:
+            raise ValueError(f"targets: {list(self.targets.shape)}; classes need one target for a sample")
+        return int(self.targets.max()) + 1
 
     def to(self, device: torch.device | str) -> Split:
         return Split(self.inputs.to(device), self.targets.to(device))

@@ -7,7 +7,7 @@ so saving the state saves the environment exactly. Hosts and seeds never enter t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,6 +16,7 @@ from torchrl.data import Binary, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
 from esper import keys as k
+from esper.data.family import draws
 from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.environment.rewards import COMPONENTS, RewardSettings, reward
@@ -163,7 +164,10 @@ class GrowthEnv(EnvBase):
         result["tracker"] = tracker
         if twin is not None:
             result["twin"] = twin[:, epoch - 1 : epoch + 1]
-        paid = reward(result, self.settings.reward, terminal=last)
+        prices = replace(self.settings.reward, host_parameters=self.host_parameters())
+        result["host_parameters"] = prices.host_parameters
+        result["param_budget"] = torch.as_tensor(prices.budget).expand(self.batch_size)
+        paid = reward(result, prices, terminal=last)
         self.state = TensorDict(
             {
                 "growth": _groups(growth),
@@ -189,10 +193,11 @@ class GrowthEnv(EnvBase):
 
     def _fresh(self, episode: int) -> TensorDict:
         n, copies = self.settings.n_hosts, self.settings.copies
-        run = k.fold(k.root(self.settings.seed), Purpose.EPISODE, episode)
-        keys = k.host_keys(run, n // copies).repeat(copies)
+        keys = episode_keys(self.settings.seed, episode, n // copies).repeat(copies)
         rates = torch.tensor(self.settings.host_lr, dtype=torch.float64)
         host_lr = rates.expand(copies).repeat_interleave(n // copies)
+        if self.epochs.family is not None:
+            host_lr = host_lr * draws(self.epochs.family, keys)["host_lr_factor"]
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
         growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
         tracker = self.settings.tracker.start(metrics)
@@ -217,17 +222,32 @@ class GrowthEnv(EnvBase):
             return state["twin"]
         return twin_accuracies(self.spec, self.shards, self.epochs, self.growth(), state["tracker", "val_accuracy"])
 
+    def drawn(self) -> TensorDict | None:
+        """What the hosts of the present episode have drawn from their family, `[N]` on the CPU, with `host_lr` and
+        `host_parameters`, the rate and the size that came of it; None without a family."""
+        if self.epochs.family is None:
+            return None
+        growth = self.growth()
+        drawn = draws(self.epochs.family, torch.cat([g["key"].cpu() for g in growth]))
+        rates = torch.cat([g["rates", "host"].cpu() for g in growth])
+        return drawn.update({"host_lr": rates, "host_parameters": self.host_parameters()})
+
+    def host_parameters(self) -> Tensor:
+        """Trainable parameters of the present episode's hosts without seeds, int64 `[N]` on the CPU."""
+        return torch.cat([self.spec.parameters_of(g["key"]) for g in self.growth()])
+
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""
         return torch.cat([g["slots"].cpu() for g in self.growth()])
 
     def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
         records = self.records()
-        masks = action_masks(records, self.settings.observation)
+        settings = replace(self.settings.observation, host_parameters=self.host_parameters())
+        masks = action_masks(records, settings)
         keys = torch.cat([g["key"].cpu() for g in self.growth()])
         observed = TensorDict(
             {
-                "observation": observe(records, state["tracker"], self.settings.observation),
+                "observation": observe(records, state["tracker"], settings),
                 **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
                 "key": k.fold(keys, Purpose.POLICY, state["epoch"]),
                 "is_init": is_init,
@@ -236,6 +256,11 @@ class GrowthEnv(EnvBase):
             batch_size=self.batch_size,
         )
         return observed.to(self.device)
+
+
+def episode_keys(seed: int, episode: int, n_hosts: int) -> Tensor:
+    """Keys `[N]` of the hosts of an episode in a run with this seed."""
+    return k.host_keys(k.fold(k.root(seed), Purpose.EPISODE, episode), n_hosts)
 
 
 def _groups(growth: Sequence[TensorDict]) -> TensorDict:

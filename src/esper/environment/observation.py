@@ -106,7 +106,7 @@ class ObservationSettings:
         slots: names of the run's slots, in order.
         n_blueprints: blueprints of the run, 1 to 5.
         max_epochs: epochs of an episode.
-        host_parameters: trainable parameters of a host.
+        host_parameters: trainable parameters of every host, or int64 `[N]`.
         max_seeds: seeds a host may have at once, fossils included; None for no limit.
         use_telemetry: 80 features instead of 50.
 
@@ -116,7 +116,7 @@ class ObservationSettings:
     slots: tuple[str, ...]
     n_blueprints: int
     max_epochs: int
-    host_parameters: int
+    host_parameters: int | Tensor
     max_seeds: int | None = None
     use_telemetry: bool = True
 
@@ -126,7 +126,7 @@ class ObservationSettings:
         if not 1 <= self.n_blueprints <= MAX_BLUEPRINTS:
             raise ValueError(f"n_blueprints: {self.n_blueprints}; must be 1..{MAX_BLUEPRINTS}")
         for name in ("max_epochs", "host_parameters"):
-            if getattr(self, name) < 1:
+            if int(torch.as_tensor(getattr(self, name)).min()) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; must be at least 1")
 
     @property

@@ -4,8 +4,8 @@ One tenth of a unit of reward is one percentage point of the objective. Every fu
 TensorDict `[N]` with the slot records `before` (what the controller saw), `lived` (after training and validation) and
 `after` (after the mechanical tick), the action's `outcome`, the `tracker` after the epoch, `panic` and `restarted`
 (bool, this step or the one before was a panic), and returns the components `[N]` plus their sum `total`. Sums over
-slots make equal seeds earn equally wherever they grow. A result may have a `twin` `[N, 2]`, the accuracy before and after
-the epoch of the same host without seeds; `objective` then pays what goes beyond it.
+slots make equal seeds earn equally wherever they grow. A result may have a `twin` `[N, 2]`, the accuracy before and
+after the epoch of the same host without seeds; `objective` then pays what goes beyond it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PER_POINT = 0.1
 _MAX_POINTS = 10.0  # contributions count up to here
 _LOSS_WEIGHT, _MAX_TYPICAL, _REGRESSION, _LOSS_SHAPING, _MAX_LOSS_RENT = 5.0, 5.0, 0.5, 0.1, 5.0
 _GRACE_EPOCHS = 3
+_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,16 @@ class RewardSettings:
 
     The defaults keep everything but the objective small against it: over an episode, the rent, the warnings and the
     bonuses of a seed come to some tenths of a percentage point each, and leaving it undecided costs at most three
-    points in all. Amounts that recur every epoch are per episode, so they do not depend on its length. Raises
+    points in all. Amounts that recur every epoch are per episode, so they do not depend on its length.
+    `host_parameters` are those of every host, or int64 `[N]`; without a `param_budget` it is four times that. Raises
     ValueError for a family or mode that does not exist, for a mode the loss family does not have, and for a loss
     family without its constants.
     """
 
     gamma: float
     max_epochs: int
-    host_parameters: int
-    param_budget: int
+    host_parameters: int | Tensor
+    param_budget: int | None
     param_penalty_weight: float = 0.1
     family: str = "contribution"
     mode: str = "shaped"
@@ -106,6 +108,11 @@ class RewardSettings:
         if self.family == "loss" and self.loss is None:
             raise ValueError("loss: None; the loss family needs the task's LossSettings")
 
+    @property
+    def budget(self) -> int | Tensor:
+        """Parameters of seeds that cost one `param_penalty_weight`, of every host or int64 `[N]`."""
+        return _BUDGET * self.host_parameters if self.param_budget is None else self.param_budget
+
 
 def reward(result: TensorDict, settings: RewardSettings, *, terminal: bool) -> TensorDict:
     """The components and `total` of the run's reward; `terminal` says that the episode ends with this step."""
@@ -118,7 +125,9 @@ def reward(result: TensorDict, settings: RewardSettings, *, terminal: bool) -> T
     return contribution_reward(result, settings, terminal=terminal)
 
 
-def objective(accuracy: Tensor, extra_parameters: Tensor, param_budget: int, param_penalty_weight: float) -> Tensor:
+def objective(
+    accuracy: Tensor, extra_parameters: Tensor, param_budget: int | Tensor, param_penalty_weight: float
+) -> Tensor:
     """What a run is judged by, percentage points: validation accuracy minus the price of growth,
     `param_penalty_weight` x 100 for `param_budget` parameters of seeds. Shapes broadcast."""
     return accuracy - param_penalty_weight * 100.0 * extra_parameters / param_budget
@@ -173,7 +182,7 @@ def sparse_reward(result: TensorDict, settings: RewardSettings, *, terminal: boo
     if terminal:
         extra = result["after"]["parameters"].sum(dim=1)
         reached = result["tracker", "val_accuracy"] - _twin(result)[:, 1]
-        points = objective(reached, extra, settings.param_budget, settings.param_penalty_weight)
+        points = objective(reached, extra, settings.budget, settings.param_penalty_weight)
         parts["objective"] = settings.sparse_reward_scale * (points / 100.0).clamp(-1.0, 1.0)
     return _sum_up(parts, result)
 
@@ -230,7 +239,7 @@ def _objective_change(result: TensorDict, settings: RewardSettings) -> Tensor:
     twin = _twin(result).double()
     gain = tracker["val_accuracy"].double() - tracker["previous_val_accuracy"].double() - (twin[:, 1] - twin[:, 0])
     grown = result["after", "parameters"].sum(dim=1) - result["before", "parameters"].sum(dim=1)
-    return objective(gain, grown, settings.param_budget, settings.param_penalty_weight).float()
+    return objective(gain, grown, settings.budget, settings.param_penalty_weight).float()
 
 
 def _twin(result: TensorDict) -> Tensor:
@@ -278,7 +287,7 @@ def _indecision(before: TensorDict, outcome: TensorDict, settings: RewardSetting
     return torch.where(left & (waited > 0), so_far - before_that, 0.0).sum(dim=1)
 
 
-def _rent(parameters: Tensor, weight: float, most: float, host_parameters: int) -> Tensor:
+def _rent(parameters: Tensor, weight: float, most: float, host_parameters: int | Tensor) -> Tensor:
     return (weight * torch.log1p(parameters.sum(dim=1) / host_parameters)).clamp(max=most)
 
 

@@ -8,7 +8,7 @@ optimiser do not. Letters: `C` channels, `L` positions, `D` features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.growth.grown import Fossil, parts
-from esper.growth.plan import HostPlan, Mode, Plan, SlotPlan, live_slots, make_plan, shadow_plan
+from esper.growth.plan import HostPlan, Mode, SlotPlan, live_slots, make_plan, shadow_plan
 from esper.growth.spec import GrowthSpec
 from esper.hosts.base import Host
 from esper.hosts.cnn import CNNHost
@@ -138,8 +138,9 @@ def _counted(topology: str, blueprint: str, shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """What an epoch of one host costs, by its plan. `inputs` is the shape of a sample; `trained` samples are trained on
-    in an epoch, `scored` are scored, and `calibrating` go through every coalition before that."""
+    """What an epoch of one host costs, by its plan; of the widest, where hosts differ. `inputs` is the shape of a
+    sample; `trained` samples are trained on in an epoch, `scored` are scored, and `calibrating` go through every
+    coalition before that."""
 
     spec: GrowthSpec
     inputs: Shape
@@ -197,28 +198,28 @@ class Ledger:
     ran counts, whether its seed was kept or culled. `reset` is called once an episode, `add` with every step."""
 
     def __init__(self, costs: Costs, n_hosts: int) -> None:
-        self._costs = costs
+        self._spec = costs.spec
+        self._shapes = [replace(costs, spec=spec) for spec in costs.spec.shapes]
         self.training = torch.zeros(n_hosts, dtype=torch.int64)
         self.evaluation = torch.zeros(n_hosts, dtype=torch.int64)
 
-    def reset(self, records: TensorDict) -> None:
-        """Enter the validation pass with which an episode begins, by its slot records `[N, S]`."""
-        plan = make_plan(records, self._costs.spec)
-        self.evaluation += _of_each(plan, self._costs.evaluation)
+    def reset(self, records: TensorDict, keys: Tensor) -> None:
+        """Enter the validation pass with which an episode begins, by slot records `[N, S]` and keys `[N]` of its
+        hosts."""
+        self.evaluation += self._of_each(records, keys, Costs.evaluation)
 
     def add(self, result: TensorDict) -> None:
         """Enter one step of all hosts; `result` is what `GrowthEnv` hands its observer."""
-        plan = make_plan(result["lived"], self._costs.spec)
-        self.training += _of_each(plan, self._costs.training)
-        self.evaluation += _of_each(plan, self._costs.evaluation)
+        self.training += self._of_each(result["lived"], result["key"], Costs.training)
+        self.evaluation += self._of_each(result["lived"], result["key"], Costs.evaluation)
+
+    def _of_each(self, records: TensorDict, keys: Tensor, cost: Callable[[Costs, HostPlan], int]) -> Tensor:
+        """The cost of every host, int64 `[N]`; equal plans of equal shapes are counted once."""
+        rows = list(zip(self._spec.shape_of(keys).tolist(), make_plan(records, self._spec), strict=True))
+        known = {(shape, plan): cost(self._shapes[shape], plan) for shape, plan in set(rows)}
+        return torch.tensor([known[row] for row in rows])
 
     @property
     def total(self) -> Tensor:
         """Training and evaluation, `[N]`."""
         return self.training + self.evaluation
-
-
-def _of_each(plan: Plan, cost: Callable[[HostPlan], int]) -> Tensor:
-    """The cost of every host, int64 `[N]`; equal plans are counted once."""
-    known = {row: cost(row) for row in set(plan)}
-    return torch.tensor([known[row] for row in plan])

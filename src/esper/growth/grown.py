@@ -20,6 +20,7 @@ from esper.growth.forward import graft
 from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.base import Host, Site, Tree
 from esper.hosts.cnn import CNNHost
+from esper.hosts.padded import PaddedHost
 from esper.hosts.transformer import TransformerHost
 from esper.seeds import blending
 from esper.seeds.blueprints import registry
@@ -123,10 +124,13 @@ def grown_start(path: str | Path) -> GrownHost:
 
 
 def parts(host: Host) -> tuple[CNNHost | TransformerHost, tuple[Fossil, ...]]:
-    """The plain host inside a host, and the fossils that are already part of it. Raises TypeError for a host of someone
-    else's (a subclass too: it may compute something else), of which no module is known."""
+    """The plain host inside a host (the widest of padded ones), and the fossils that are already part of it. Raises
+    TypeError for a host of someone else's (a subclass too: it may compute something else), of which no module is
+    known."""
     if isinstance(host, GrownHost):
         return host.base, host.fossils
+    if isinstance(host, PaddedHost):
+        return host.base, ()
     if isinstance(host, CNNHost | TransformerHost) and type(host) in HOSTS.values():
         return host, ()
     raise TypeError(f"host: {type(host).__name__}; must be a CNNHost, a TransformerHost or one grown from them")

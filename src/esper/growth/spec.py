@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from esper.growth.governor import GovernorSettings
 from esper.hosts.base import Host, Site, site
+from esper.hosts.padded import shape_of, shapes
 from esper.seeds.blueprints import registry
 from esper.seeds.blueprints.registry import Blueprint
 from esper.seeds.lifecycle import LifecycleRules
@@ -58,8 +60,24 @@ class GrowthSpec:
 
     @property
     def host_parameters(self) -> int:
-        """Trainable parameters of one ungrown host."""
+        """Trainable parameters of one ungrown host; of the widest where they differ."""
         return self._leaves[0]
+
+    @cached_property
+    def shapes(self) -> tuple[GrowthSpec, ...]:
+        """The same for every shape that hosts may have, each without padding."""
+        return tuple(replace(self, host=host) for host in shapes(self.host))
+
+    def shape_of(self, keys: Tensor) -> Tensor:
+        """Which of `shapes` the hosts with `keys` `[N]` have, int64 `[N]` on the CPU."""
+        if len(self.shapes) == 1:
+            return torch.zeros(keys.shape, dtype=torch.int64)
+        return shape_of(self.host, keys.cpu())
+
+    def parameters_of(self, keys: Tensor) -> Tensor:
+        """Trainable parameters of the ungrown hosts with `keys` `[N]`, dead ones not counted; int64 `[N]` on the
+        CPU."""
+        return torch.tensor([spec.host_parameters for spec in self.shapes])[self.shape_of(keys)]
 
     @property
     def has_statistics(self) -> bool:

@@ -14,7 +14,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
+from esper.config_fields import Family
 from esper.data.batches import SharedBatchIterator, evaluation_batches
+from esper.data.family import class_names
 from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
@@ -47,12 +49,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class EpochSettings:
-    """How an epoch runs. `evaluation_batch` samples are scored at a time, all coalitions of a host at once."""
+    """How an epoch runs. `evaluation_batch` samples are scored at a time, all coalitions of a host at once; `family`
+    says in what the hosts differ."""
 
     batch_size: int
     evaluation_batch: int = 512
     augment: bool = False
     dtype: torch.dtype = torch.float32
+    family: Family | None = None
 
 
 def reset(
@@ -100,8 +104,9 @@ def run_epoch(
         epoch: epochs already trained in this episode.
 
     Returns:
-        The new growth states and a TensorDict `[N]` on the CPU with `before`, `lived` and `after` (slot records
-        before the step, after training and validation, after governor and tick), `outcome` (of the action, with
+        The new growth states and a TensorDict `[N]` on the CPU with `key` (of the hosts), `before`, `lived` and
+        `after` (slot records before the step, after training and validation, after governor and tick), `outcome` (of
+        the action, with
         `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions`
         `[N, 2**S]`; percentage points), `panic` (bool), `governor` (the rest of `govern`'s report) and `restarted`
         (bool, the step before was a panic). The metrics of a host that panicked are those it was taken back to; what
@@ -130,7 +135,7 @@ def run_epoch(
             metrics["val_accuracy"][rows],
             contribution,
             error,
-            _gradients(spec, g["slots"].cpu(), measurements[rows]),
+            _gradients(spec.parameters_of(g["key"]), g["slots"].cpu(), measurements[rows]),
             healthy_seeds(spec, g),
         )
         g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
@@ -144,7 +149,14 @@ def run_epoch(
         removed = bank.uproot(g["seeds"], spec.slots, auto_culled, standing_seeds)
         done.append(changed(g, slots=after.to(shard.device), seeds=removed))
         standing.append(stands)
-        parts = {"lived": lived, "after": after, "outcome": outcome, "panic": report.pop("panic"), "governor": report}
+        parts = {
+            "key": g["key"].cpu(),
+            "lived": lived,
+            "after": after,
+            "outcome": outcome,
+            "panic": report.pop("panic"),
+            "governor": report,
+        }
         results.append(TensorDict(parts, batch_size=[shard.size]))
     result: TensorDict = torch.cat(results)
     result["before"], result["metrics"] = torch.cat(before), torch.cat(standing)
@@ -155,10 +167,14 @@ def run_epoch(
 def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
     before = growth["slots"].cpu()
-    table = seed_parameters(
-        tuple(place.channels for place in spec.sites),
-        lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
-    )
+    tables = [
+        seed_parameters(
+            tuple(place.channels for place in shape.sites),
+            lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
+        )
+        for shape in spec.shapes
+    ]
+    table = torch.stack(tables)[spec.shape_of(growth["key"])]
     records, outcome = apply_action(before, action, spec.rules, table, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"], before["blueprint"])
     seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
@@ -174,7 +190,7 @@ def train(
     plans: Sequence[Plan],
     epoch: int,
 ) -> tuple[list[TensorDict], TensorDict]:
-    """Train every host on the whole training split; returns the new states and the measurements `[N]` on the CPU.
+    """Train every host for an epoch; returns the new states and the measurements `[N]` on the CPU.
 
     Gradients are switched on here because collectors step environments with gradients off.
     """
@@ -185,6 +201,7 @@ def train(
         epoch,
         augment=settings.augment,
         dtype=settings.dtype,
+        family=settings.family,
     )
     carries = [s.executor.begin(g, plan) for s, g, plan in zip(shards, growth, plans, strict=True)]
     rates = [(g["rates", "host"].cpu(), g["rates", "seed"].cpu()) for g in growth]
@@ -207,14 +224,18 @@ def evaluate(
     part: str,
 ) -> TensorDict:
     """Score every coalition of every host on one split; `empty_scores` `[N]` on the CPU."""
+    pairs, family = list(zip(shards, growth, strict=True)), settings.family
     carries = [
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
     ]
     size, dtype = settings.evaluation_batch, settings.dtype
+    names = [None if family is None else class_names(family, s.splits.train, g["key"]) for s, g in pairs]
     streams = [evaluation_batches(s.splits, _part(s.splits, part), size, dtype) for s in shards]
     for batch in zip(*streams, strict=True):
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
-            carries[i] = shard.executor.evaluate_step(carries[i], x, y)
+            own = names[i]
+            targets = y.expand(shard.size, *y.shape) if own is None else own[:, y]
+            carries[i] = shard.executor.evaluate_step(carries[i], x, targets)
     return torch.cat([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
 
 
@@ -250,11 +271,12 @@ def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
 _NEGLIGIBLE = 1e-8
 
 
-def _gradients(spec: GrowthSpec, records: TensorDict, measured: TensorDict) -> TensorDict:
-    """Norm, parameter-normalised seed/host ratio and health of the last batch's gradients, `[N, S]`."""
+def _gradients(host_parameters: Tensor, records: TensorDict, measured: TensorDict) -> TensorDict:
+    """Norm, parameter-normalised seed/host ratio and health of the last batch's gradients, `[N, S]`, of hosts with so
+    many parameters `[N]`."""
     seed, host = measured["seed_norm"], measured["host_norm"][:, None]
     size = records["parameters"].double()
-    ratio = (seed / size.sqrt()) / (host / spec.host_parameters**0.5 + _NEGLIGIBLE)
+    ratio = (seed / size.sqrt()) / (host / host_parameters[:, None].double().sqrt() + _NEGLIGIBLE)
     ratio = torch.where((seed < _NEGLIGIBLE) | (host < _NEGLIGIBLE) | (size == 0), torch.zeros_like(ratio), ratio)
     return TensorDict(
         {"norm": seed.float(), "ratio": ratio.float(), "health": measured["seed_health"].float()},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esper import keys as k
 from esper.hosts.base import Host, site
+from esper.hosts.padded import assemble, shape_of, shapes
 from esper.keys import Purpose
 from esper.seeds import blending
 from esper.seeds.blueprints import registry
@@ -61,7 +62,7 @@ def plant(
 ) -> TensorDict:
     """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other leaf keeps its bits.
 
-    Weights are drawn on the CPU, so that they are the same on every device.
+    Weights are drawn on the CPU, so that they are the same on every device. A seed in a padded host is padded alike.
     """
     germinated, records, host_key = germinated.cpu(), records.cpu(), host_key.cpu()
     for j, slot in enumerate(slots):
@@ -71,10 +72,19 @@ def plant(
                 continue
             keys = seed_keys(host_key[rows], j, records["planted"][rows, j])
             leaf = next(iter(bank[slot, name].values(True, True)))
-            fresh = fresh_seed(host, slot, name, keys, leaf.dtype).to(leaf.device)
+            fresh = _shaped_seed(host, slot, name, host_key[rows], keys, leaf.dtype).to(leaf.device)
             planted = TensorDict({"params": fresh, "moments": torch.zeros_like(fresh)}, batch_size=keys.shape)
             bank = write(bank, (slot, name), rows, planted)
     return bank
+
+
+def _shaped_seed(host: Host, slot: str, name: str, host_key: Tensor, keys: Tensor, dtype: torch.dtype) -> TensorDict:
+    """Seeds for `keys` `[n]` in the hosts with keys `host_key` `[n]`, each of its host's own shape."""
+    whole = fresh_seed(host, slot, name, keys, dtype)
+    if len(shapes(host)) == 1:
+        return whole
+    which = shape_of(host, host_key)
+    return assemble(shapes(host), which, whole, lambda own, rows: fresh_seed(own, slot, name, keys[rows], dtype))
 
 
 def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor, planted: Tensor) -> TensorDict:

@@ -103,14 +103,16 @@ def apply_action(
         records: `[N, S]`.
         action: int64 `[N, 4]` in the order of `HEADS`; the slot is an index of the run's slots, -1 for none of them.
         rules: the run's rules.
-        parameters: int64 `[S, blueprints, blends]`, trainable parameters of each possible seed.
+        parameters: int64 `[S, blueprints, blends]` or `[N, S, blueprints, blends]`, trainable parameters of each
+            possible seed.
         accuracy: `[N]` last validation accuracy, percentage points.
 
     Returns:
         The new records and the outcome, a TensorDict `[N]` with `op`, `slot`, `success` and the bool masks `[N, S]`
         `germinated`, `culled`, `fossilized`. An action that is not possible changes nothing and has success False.
     """
-    n_slots = records.batch_size[1]
+    n_hosts, n_slots = records.batch_size
+    kinds, blends = parameters.shape[-2:]
     op, slot = action[:, OP], action[:, SLOT]
     target = torch.arange(n_slots, device=slot.device) == slot[:, None]
 
@@ -122,10 +124,11 @@ def apply_action(
     fossilized = chosen(Op.FOSSILIZE, gates.may_fossilize(records))
 
     blueprint, blend = action[:, BLUEPRINT, None], action[:, BLEND, None]
-    known = (blueprint >= 0) & (blueprint < parameters.shape[1]) & (blend >= 0) & (blend < parameters.shape[2])
+    known = (blueprint >= 0) & (blueprint < kinds) & (blend >= 0) & (blend < blends)
     germinated = germinated & known
-    index = torch.arange(n_slots, device=slot.device)
-    size = parameters[index, blueprint.clamp(0, parameters.shape[1] - 1), blend.clamp(0, parameters.shape[2] - 1)]
+    row, index = torch.arange(n_hosts, device=slot.device)[:, None], torch.arange(n_slots, device=slot.device)
+    table = parameters.expand(n_hosts, n_slots, kinds, blends)
+    size = table[row, index, blueprint.clamp(0, kinds - 1), blend.clamp(0, blends - 1)]
 
     records = put(
         records,

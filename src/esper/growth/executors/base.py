@@ -54,7 +54,7 @@ class Executor(Protocol):
         ...
 
     def evaluate_step(self, carry: Carry, x: Tensor, y: Tensor) -> Carry:
-        """Score one batch `x` `[B, ...]`, `y` `[B, ...]`, the same for every host."""
+        """Score one batch `x` `[B, ...]`, the same for every host, by each host's targets `y` `[N, B, ...]`."""
         ...
 
     def finish_evaluation(self, carry: Carry) -> TensorDict:

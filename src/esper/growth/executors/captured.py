@@ -153,7 +153,7 @@ class CapturedExecutor:
         else:
             with torch.cuda.device(self.device):
                 self._add_scores(carry.carry, x, y)
-        carry.carry.seen += y.numel()
+        carry.carry.seen += y[0].numel()
         return carry
 
     def finish_evaluation(self, carry: _Scorer) -> TensorDict:

@@ -227,13 +227,13 @@ def calibrated(spec: GrowthSpec, scoring: Scoring, x: Tensor) -> list[Tree]:
 
 
 def score(spec: GrowthSpec, scoring: Scoring, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What one batch adds to `correct` (by row at the end), `differ` `[N, S]` and `loss` `[N]`."""
-    _, everyone, without = scoring.tree.slots(scoring.data)
+    """What one batch adds to `correct` (by row at the end), `differ` `[N, S]` and `loss` `[N]`; `y` `[N, B, ...]`."""
+    branchings, everyone, without = scoring.tree.slots(scoring.data)
     logits, _ = _run(spec, scoring, x, recalibrate=False)
-    right = correct(logits, y.expand(logits.shape[0], *y.shape)).flatten(1)
+    right = correct(logits, y[branchings[-1].hosts]).flatten(1)
     differ = (right[everyone][:, None] != right[without]).sum(2)
-    losses = vmap(mean_loss, in_dims=(0, None))(logits[everyone], y)
-    return right.sum(1), differ, losses.double() * y.numel()
+    losses = vmap(mean_loss)(logits[everyone], y)
+    return right.sum(1), differ, losses.double() * y[0].numel()
 
 
 def tally(spec: GrowthSpec, scoring: Scoring) -> TensorDict:

@@ -183,7 +183,7 @@ class LoopExecutor(base.Roomless):
 
     def evaluate_step(self, carry: list[_Scoring], x: Tensor, y: Tensor) -> list[_Scoring]:
         x = _layout(x)
-        self._each(lambda i: _score_host(self.spec, carry[i], x, y), len(carry))
+        self._each(lambda i: _score_host(self.spec, carry[i], x, y[i]), len(carry))
         return carry
 
     def finish_evaluation(self, carry: list[_Scoring]) -> TensorDict:

@@ -193,7 +193,7 @@ class StackedExecutor(base.Roomless):
         with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
             right, differ, loss = coalitions.score(self.spec, carry, x, y)
         carry.correct, carry.differ, carry.loss = carry.correct + right, carry.differ + differ, carry.loss + loss
-        carry.seen += y.numel()
+        carry.seen += y[0].numel()
         return carry
 
     def finish_evaluation(self, carry: Scoring) -> TensorDict:

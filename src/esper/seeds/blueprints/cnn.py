@@ -37,6 +37,12 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) 
     return group_norm(x, norm_groups(x.shape[-3]), weight, bias, relu=relu)
 
 
+def _living(filters: Tensor, weight: Tensor) -> Tensor:
+    """Filters `[C, ...]` in front of a norm with scales `weight` `[C]`, without those of channels that the norm wipes
+    out. Through the averages of the norm such a filter would learn to move the other channels."""
+    return filters * (weight != 0).view(-1, *[1] * (filters.dim() - 1))
+
+
 def _norm_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
     return _pack(keys, {"scale": init.constant(keys, (), 1.0, dtype), **_affine(keys, channels, dtype)})
 
@@ -76,7 +82,7 @@ def _depthwise_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 
 def _depthwise(params: Tree, x: Tensor) -> Tensor:
     y = F.conv2d(cast(x), cast(params["depthwise"]), padding=1, groups=x.shape[-3])
-    y = conv2d(y, params["pointwise"])
+    y = conv2d(y, _living(params["pointwise"], params["weight"]))
     return x + _group_norm(y, params["weight"], params["bias"], relu=True)
 
 
@@ -85,7 +91,8 @@ def _conv_light_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorD
 
 
 def _conv_unit(params: Tree, x: Tensor) -> Tensor:
-    return _group_norm(conv2d(x, params["conv"]), params["weight"], params["bias"], relu=True)
+    y = conv2d(x, _living(params["conv"], params["weight"]))
+    return _group_norm(y, params["weight"], params["bias"], relu=True)
 
 
 def _conv_light(params: Tree, x: Tensor) -> Tensor:
@@ -123,9 +130,9 @@ def _conv_expand_init(keys: Tensor, channels: int, dtype: torch.dtype) -> Tensor
 
 
 def _conv_expand(params: Tree, x: Tensor) -> Tensor:
-    y = conv2d(x, params["up"])
+    y = conv2d(x, _living(params["up"], params["up_weight"]))
     y = _group_norm(y, params["up_weight"], params["up_bias"], relu=True)
-    y = conv2d(y, params["down"])
+    y = conv2d(y, _living(params["down"], params["down_weight"]))
     return x + _group_norm(y, params["down_weight"], params["down_bias"])
 
 

@@ -97,7 +97,7 @@ def ours(env: GrowthEnv) -> float:
 
 def plain(env: GrowthEnv, seeded: bool) -> float:
     """Seconds of the same epoch of the same data in a loop of modules."""
-    n, splits = env.batch_size[0], env.shards[0].splits
+    n, splits = env.batch_size[0], env.backend.shards[0].splits
     hosts = [PlainHost(3, 10, env.spec.host.channels(0), seeded) for _ in range(n)]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(h.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4) for h in hosts
@@ -105,7 +105,7 @@ def plain(env: GrowthEnv, seeded: bool) -> float:
     keys = k.host_keys(k.root(0), n)
 
     def stream(i: int):
-        for batch in SharedBatchIterator([splits], [keys[i : i + 1]], env.epochs.batch_size, 0):
+        for batch in SharedBatchIterator([splits], [keys[i : i + 1]], env.backend.settings.batch_size, 0):
             yield batch[0][0][0], batch[0][1][0]
 
     validation = list(evaluation_batches(splits, splits.validation, 512))

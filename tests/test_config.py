@@ -111,6 +111,8 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(field: str, value: ob
         ({"devices": ["cpu", "tpu:0"]}, "devices[1]", "cuda:<index>"),
         ({"devices": ["cuda:-1"]}, "devices[0]", "cuda:<index>"),
         ({"device": "cuda:x"}, "device", "cuda:<index>"),
+        ({"collector": {"cores": 2}}, "collector.cores", 'only with collector.backend "ray"; use 1'),
+        ({"collector": {"address": "auto"}}, "collector.address", 'use "local"'),
         ({"controller": "schedule"}, "schedule", "at least one step"),
         ({"schedule": [PLANT]}, "schedule", "not ppo"),
         ({"controller": "schedule", "schedule": [PLANT, PLANT]}, "schedule[1].epoch", "one step per epoch"),

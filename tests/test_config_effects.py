@@ -44,6 +44,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "coalition_statistics": ("running", {}),
     "devices": (["cpu", "cpu"], {}),
     "device": ("cuda:999", {}),
+    "collector": ({"backend": "ray"}, {"devices": ["cuda:998"]}),
     "executor": ("stacked", {}),
     "amp": ("bf16", {}),
     "controller": ("never", {}),
@@ -107,13 +108,13 @@ def built(config: TrainingConfig) -> dict[str, str]:
     except (ValueError, OSError) as error:
         return {"refused": str(error)}
     controller = build_controller(config, env)
-    shards = [(s.device, s.first, s.size, type(s.executor), s.splits.train.targets.shape) for s in env.shards]
+    shards = [(s.device, s.first, s.size, type(s.executor), s.splits.train.targets.shape) for s in env.backend.shards]
     parts: dict[str, Any] = {
         "spec": env.spec,
         "settings": env.settings,
-        "epochs": env.epochs,
+        "epochs": env.backend.settings,
         "shards": shards,
-        "calibration": [s.calibration is None for s in env.shards],
+        "calibration": [s.calibration is None for s in env.backend.shards],
         "controller": type(controller),
         "oversight": oversight_settings(config),
     }

@@ -88,7 +88,7 @@ def test_several_devices_give_the_same_run() -> None:
     """Two CPU devices, each with its group of hosts: the same numbers, and both really computed."""
     one, a = rollout_of(n_envs=4)
     two, b = rollout_of(n_envs=4, devices=["cpu", "cpu"])
-    assert [(s.first, s.size) for s in two.shards] == [(0, 2), (2, 2)]
+    assert [(s.first, s.size) for s in two.backend.places] == [(0, 2), (2, 2)]
     assert torch.equal(a["action"], b["action"])
     assert torch.equal(a["next", "reward"], b["next", "reward"])
     merged = torch.cat([g["host"] for g in two.finished_growth()]).flatten_keys(".")

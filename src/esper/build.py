@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from esper import keys as k
 from esper.config import TrainingConfig
@@ -24,12 +26,14 @@ from esper.environment.env import EnvSettings, GrowthEnv, Observer
 from esper.environment.observation import ObservationSettings
 from esper.environment.rewards import LossSettings, RewardSettings
 from esper.environment.signals import SignalTracker
+from esper.growth.backend import Backend, LocalBackend
 from esper.growth.executors.base import Executor
 from esper.growth.executors.captured import CapturedExecutor
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.governor import GovernorSettings, history_epochs
 from esper.growth.grown import grown_start
+from esper.growth.ray_backend import RayBackend, check_ray
 from esper.growth.spec import GrowthSpec
 from esper.growth.step import EpochSettings, Shard
 from esper.hosts.base import Host
@@ -96,8 +100,8 @@ def _starting_host(config: TrainingConfig, task: Task) -> Host:
     return grown
 
 
-def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device) -> Executor:
-    """`"auto"` is the loop over all cores on a CPU and the captured program on a GPU."""
+def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.device, cores: int) -> Executor:
+    """`"auto"` is the loop over `cores` CPU cores on a CPU and the captured program on a GPU."""
     kind: str = config.executor
     if kind == "auto":
         kind = "loop" if device.type == "cpu" else "captured"
@@ -106,33 +110,84 @@ def build_executor(config: TrainingConfig, spec: GrowthSpec, device: torch.devic
         torch.backends.cudnn.allow_tf32 = False
     match kind:
         case "loop":
-            return LoopExecutor(spec, workers=max(1, len(os.sched_getaffinity(0))))
+            return LoopExecutor(spec, workers=cores)
         case "captured":
             return CapturedExecutor(spec, device)
         case _:
             return StackedExecutor(spec, device)
 
 
-def build_shards(config: TrainingConfig, spec: GrowthSpec, splits: Splits, batch_size: int) -> list[Shard]:
+def host_devices(config: TrainingConfig) -> tuple[torch.device, ...]:
+    """The device of each group of hosts; those of Ray workers are theirs, whichever GPU they get.
+
+    Raises InputError naming every device this machine lacks, or the extra that Ray needs.
+    """
+    if config.collector.backend == "local":
+        return check_devices(config.devices, config.device)[0]
+    check_ray()
+    check_devices((), config.device)
+    return tuple(torch.device(name.partition(":")[0]) for name in config.devices)
+
+
+def build_backend(config: TrainingConfig, spec: GrowthSpec, splits: Splits, settings: EpochSettings) -> Backend:
     """Hosts in contiguous groups, one per device, each with its copy of the data."""
-    devices, _ = check_devices(config.devices, config.device)
-    require_batches(splits, batch_size)
+    devices = host_devices(config)
+    require_batches(splits, settings.batch_size)
     calibration = None
     if spec.coalition_statistics == "recalibrated" and spec.has_statistics:
-        calibration = calibration_batch(splits, k.root(config.seed), batch_size)
-    shards = []
-    for device, group in zip(devices, host_groups(config.n_envs, len(devices)), strict=True):
-        shards.append(
-            Shard(
-                device=device,
-                first=group.start,
-                size=len(group),
-                executor=build_executor(config, spec, device),
-                splits=splits.to(device),
-                calibration=None if calibration is None else calibration.to(device),
-            )
+        calibration = calibration_batch(splits, k.root(config.seed), settings.batch_size)
+    groups = host_groups(config.n_envs, len(devices))
+    if config.collector.backend == "ray":
+        make = partial(_group, config, spec, settings)
+        return RayBackend(
+            groups,
+            devices,
+            settings,
+            make,
+            (splits, calibration),
+            spec.kinds,
+            address=config.collector.address,
+            cores=config.collector.cores,
         )
-    return shards
+    cores = max(1, len(os.sched_getaffinity(0)))
+    shards = [
+        _shard(config, spec, group, device, cores, splits, calibration)
+        for group, device in zip(groups, devices, strict=True)
+    ]
+    return LocalBackend(spec, tuple(shards), settings)
+
+
+def _group(
+    config: TrainingConfig,
+    spec: GrowthSpec,
+    settings: EpochSettings,
+    size: int,
+    device: torch.device,
+    splits: Splits,
+    calibration: Tensor | None,
+) -> LocalBackend:
+    """One worker's hosts, in its own process."""
+    shard = _shard(config, spec, range(size), device, config.collector.cores, splits, calibration)
+    return LocalBackend(spec, (shard,), settings)
+
+
+def _shard(
+    config: TrainingConfig,
+    spec: GrowthSpec,
+    hosts: range,
+    device: torch.device,
+    cores: int,
+    splits: Splits,
+    calibration: Tensor | None,
+) -> Shard:
+    return Shard(
+        device=device,
+        first=hosts.start,
+        size=len(hosts),
+        executor=build_executor(config, spec, device, cores),
+        splits=splits.to(device),
+        calibration=None if calibration is None else calibration.to(device),
+    )
 
 
 def build_env(config: TrainingConfig, observer: Observer | None = None, task: Task | None = None) -> GrowthEnv:
@@ -144,7 +199,10 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
     if config.train_samples is not None:
         splits = splits.limited(config.train_samples)
     batch_size = config.batch_size or task.batch_size
-    shards = build_shards(config, spec, splits, batch_size)
+    # Logits over a vocabulary are too large to score more blocks at a time than are trained on.
+    evaluation_batch = batch_size if task.kind == "lm" else max(batch_size, _SCORED_IMAGES)
+    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment, family=config.family)
+    backend = build_backend(config, spec, splits, epochs)
     settings = EnvSettings(
         seed=config.seed,
         n_hosts=config.n_envs,
@@ -172,10 +230,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
             loss=LossSettings(task.baseline_loss, task.target_loss, task.typical_loss_delta_std, task.loss_rent_weight),
         ),
     )
-    # Logits over a vocabulary are too large to score more blocks at a time than are trained on.
-    evaluation_batch = batch_size if task.kind == "lm" else max(batch_size, _SCORED_IMAGES)
-    epochs = EpochSettings(batch_size, evaluation_batch, augment=task.augment, family=config.family)
-    return GrowthEnv(spec, shards, epochs, settings, device=config.device, observer=observer)
+    return GrowthEnv(spec, backend, settings, device=config.device, observer=observer)
 
 
 def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy | ScriptedPolicy:

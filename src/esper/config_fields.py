@@ -58,6 +58,19 @@ class HeadWeights(BaseModel):
     """What is done."""
 
 
+class CollectorSettings(BaseModel):
+    """Where the processes run in which hosts grow."""
+
+    model_config = _SETTINGS
+
+    backend: Literal["local", "ray"] = "local"
+    """In the learner's process, or on Ray workers, one per entry of devices; the numbers are the same."""
+    address: Annotated[str, Field(min_length=1)] = "local"
+    """Ray's workers: "local" starts some on this machine, "auto" or host:port uses a running cluster."""
+    cores: Annotated[int, Field(ge=1, le=1024)] = 1
+    """CPU cores of each Ray worker."""
+
+
 Floor = Annotated[float, Field(ge=0, lt=0.2)]
 
 
@@ -151,9 +164,11 @@ class Fields(BaseModel):
 
     # where it runs
     devices: Annotated[tuple[str, ...], Field(min_length=1), AsTuple] = ("cpu",)
-    """Devices of the hosts, in contiguous groups; "cpu" or "cuda:0", "cuda:1", ..."""
+    """Devices of the hosts, in contiguous groups; "cpu" or "cuda:0", "cuda:1", ...; a Ray worker gets any GPU."""
     device: str = "cpu"
     """Device of the policy: "cpu", "cuda" or "cuda:0", ..."""
+    collector: CollectorSettings = CollectorSettings()
+    """Whether hosts grow in the learner's process or on Ray workers (`docs/cluster.md`)."""
     executor: Literal["auto", "loop", "stacked", "captured"] = "auto"
     """How the hosts of a device advance: one after another, stacked into one program, or as a recorded CUDA program."""
     amp: Literal["off", "bf16", "fp16"] = "off"

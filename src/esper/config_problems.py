@@ -179,6 +179,11 @@ def _devices(config: Fields) -> Iterator[Finding]:
     if len(config.devices) > config.n_envs:
         legal = f"at most n_envs ({config.n_envs}) devices, so that each gets a host"
         yield Finding("devices", config.devices, legal, ("n_envs",))
+    for name in ("address", "cores"):
+        value, default = getattr(config.collector, name), type(config.collector).model_fields[name].default
+        if config.collector.backend == "local" and value != default:
+            legal = f'has an effect only with collector.backend "ray"; use {json.dumps(default)}'
+            yield Finding(f"collector.{name}", value, legal)
 
 
 def _steps(config: Fields) -> Iterator[Finding]:

@@ -99,8 +99,8 @@ class Engine:
     def groups(self) -> list[Group]:
         """How hosts are shared out."""
         return [
-            Group(first=s.first, size=s.size, device=s.device.type, executor=type(s.executor).__name__)
-            for s in self.env.shards
+            Group(first=place.first, size=place.size, device=place.device, executor=place.executor)
+            for place in self.env.backend.places
         ]
 
     @property
@@ -203,8 +203,7 @@ class Engine:
         place = (int(state["episode"]), int(state["epoch"]))
         if place != divmod(snapshot.step, self.env.spec.rules.max_epochs):
             raise ValueError(f"environment: episode {place[0]}, epoch {place[1]} is not step {snapshot.step}")
-        for shard, rooms in zip(self.env.shards, done.rooms, strict=True):
-            shard.executor.reserve(rooms)
+        self.env.backend.reserve(done.rooms)
         self.env.finished = None if finished is None else like(finished, template)
         self.env.state = state
         self.collector.go_on(parts.pop("collector"), done.rollouts)
@@ -227,7 +226,7 @@ class Engine:
             culled=self.culled,
             outcome=self.outcome,
             book=_Book(**self.book.state()),
-            rooms=[shard.executor.rooms for shard in self.env.shards],
+            rooms=self.env.backend.rooms(),
             escalated=self.oversight.level.remaining,
             accuracies=list(self.oversight.trend.accuracies),
             seconds=self.seconds,

@@ -173,6 +173,12 @@ EVENTS: dict[str, EventType] = {
         "The governor took a host back to its last good snapshot.",
         {**_ALARM, "restored_epoch": DataField("count", "epoch of the snapshot")},
     ),
+    "host_restarted": EventType(
+        "minimal",
+        "warning",
+        "The worker of a host died; the host went on from its last state on a new worker, with the same numbers.",
+        {"restored_epoch": DataField("count", "epochs trained in the state it went on from")},
+    ),
     "rollout": EventType(
         "minimal",
         "info",

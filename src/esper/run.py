@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from esper.engine import Engine, Progress, observer
 from esper.environment.env import GrowthEnv, Observer
 from esper.errors import InputError, RunStopped
 from esper.events import EventLog, Summary
-from esper.growth.plan import make_plan
-from esper.growth.step import evaluate
 from esper.learn.collector import BatchFirstCollector
 from esper.learn.learner import Learner
 from esper.learn.normalizers import reward_scale
@@ -90,7 +88,11 @@ def train(
     with memory_named(config.n_envs, config.batch_size or get_task(config.task).batch_size):
         engine = _engine(config, events, progress, watch)
         groups = [group.model_dump() for group in engine.groups]
-        with run_lock(run_dir), CheckpointStore(run_dir, config.to_dict(), groups) as store:
+        with (
+            closing(engine.env.backend),
+            run_lock(run_dir),
+            CheckpointStore(run_dir, config.to_dict(), groups) as store,
+        ):
             if resume is None:
                 _require_new(run_dir)
                 events.write("run_started", **_facts(config, engine.env))
@@ -186,8 +188,7 @@ def _summary(engine: Engine) -> Summary:
     """The outcome of the last rollout's hosts; the test split is touched here and nowhere else."""
     config, env, outcome = engine.config, engine.env, engine.outcome
     growth = env.finished_growth()
-    plans = [make_plan(g["slots"].cpu(), env.spec) for g in growth]
-    scores = evaluate(env.shards, growth, plans, env.epochs, "test")
+    scores = env.backend.evaluate(growth, "test")
     test = (100.0 * scores["correct"][:, -1] / scores["seen"]).mean()
     weights = [g.select("host", "seeds", "slots") for g in growth]
     if engine.learner is not None:

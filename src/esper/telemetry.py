@@ -45,6 +45,8 @@ def _record_host(log: EventLog, facts: Facts, spec: GrowthSpec, place: Mapping[s
     if not outcome["success"]:
         slot = LAYOUT[facts["action"][SLOT]]
         log.write("refused", epoch=epoch, slot=slot, op=op, reason="not possible in this slot now", **place)
+    if facts["replaced"]:
+        log.write("host_restarted", epoch=epoch, restored_epoch=epoch, **place)
     if facts["panic"]:
         governor = facts["governor"]
         log.write(

@@ -64,13 +64,14 @@ def run(command: Command, run_dir: Path) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
-    from esper.devices import check_devices, describe_groups
+    from esper.build import host_devices
+    from esper.devices import describe_groups
     from esper.progress import RunProgress, summary_table
     from esper.run import train
     from esper.seeds.slots import ordered_slots
 
     config = command.config
-    check_devices(config.devices, config.device)
+    host_devices(config)
     console = Console()
 
     def farewell(what: str) -> None:

@@ -333,6 +333,7 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
         ({"speed": 1}, "speed: 1"),
         ({"training": {"task": "digits", "n_envs": 4}}, "training.n_envs: 4: is decided by the arms"),
         ({"training": {"task": "nothing"}}, 'training.task: "nothing"'),
+        ({"training": {"task": "digits", "collector": {"backend": "ray"}}}, "training.collector.backend: 'ray'"),
         ({"arms": [{"kind": "random"}]}, "never must come first"),
         ({"arms": [{"kind": "never"}, {"kind": "never", "name": "x"}]}, "never must come first"),
         ({"arms": [{"kind": "never"}, {"kind": "random", "name": "never"}]}, "is taken by an arm before it"),

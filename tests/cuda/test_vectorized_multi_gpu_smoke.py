@@ -33,7 +33,7 @@ def test_both_devices_compute(tmp_path, use_telemetry: bool) -> None:
     env = build_env(config)
     rollout = next(iter(BatchFirstCollector(env, build_controller(config, env), rollouts=1)))
     assert rollout.batch_size == torch.Size([4, 3])
-    assert [(str(s.device), s.first, s.size) for s in env.shards] == [("cuda:0", 0, 2), ("cuda:1", 2, 2)]
+    assert [(str(s.device), s.first, s.size) for s in env.backend.shards] == [("cuda:0", 0, 2), ("cuda:1", 2, 2)]
     for index, growth in enumerate(env.finished_growth()):
         weights = growth["host", "params", "head", "weight"]
         assert str(weights.device) == DEVICES[index]

@@ -9,8 +9,6 @@ from torchrl.envs.utils import check_env_specs
 
 from engine import tiny_config, tiny_task
 from esper.build import build_env
-from esper.growth.plan import make_plan
-from esper.growth.step import evaluate
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
 
@@ -93,8 +91,7 @@ def test_what_was_measured_last_is_what_is_left_behind(planted: int) -> None:
     for epoch in range(13):
         step(env, [2, 0, 0, Op.GERMINATE if epoch == planted else Op.WAIT])
     growth = env.finished_growth()
-    plans = [make_plan(g["slots"], env.spec) for g in growth]
-    scores = evaluate(env.shards, growth, plans, env.epochs, "validation")
+    scores = env.backend.evaluate(growth, "validation")
     accuracy = 100.0 * scores["correct"][:, -1] / scores["seen"]
     assert torch.equal(accuracy.float(), seen[-1]["metrics", "val_accuracy"])
     assert torch.equal(growth[0]["slots", "parameters"], seen[-1]["lived", "parameters"])

@@ -76,15 +76,15 @@ def test_hosts_are_scored_on_all_of_the_same_samples() -> None:
 def test_hosts_are_scored_by_the_names_they_have_for_classes(part: str) -> None:
     env = trained(1, family={"classes": [2, 5]})
     (growth,) = env.growth()
-    shard = env.shards[0]
+    shard = env.backend.shards[0]
     names = class_names(Family(classes=(2, 5)), shard.splits.train, growth["key"])
-    scores = evaluate(env.shards, [growth], [((None,) * 3,) * 3], env.epochs, part)
+    scores = evaluate([shard], [growth], [((None,) * 3,) * 3], env.backend.settings, part)
     split = getattr(shard.splits, part)
     for host in range(3):
         one = growth[host : host + 1]
         own = replace(shard.splits, **{part: Split(split.inputs, names[host][split.targets])})
         alone = replace(shard, size=1, splits=own)
-        expected = evaluate([alone], [one], [((None,) * 3,)], replace(env.epochs, family=None), part)
+        expected = evaluate([alone], [one], [((None,) * 3,)], replace(env.backend.settings, family=None), part)
         for name in ("loss", "correct", "seen"):
             assert torch.equal(scores[host : host + 1][name], expected[name])
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,8 +15,9 @@ from engine import tiny_config, tiny_task
 from esper.build import build_env
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, random_legal
-from esper.environment import twin
+from esper.environment import env as environment
 from esper.environment.rewards import COMPONENTS
+from esper.environment.twin import twin_accuracies
 
 EPOCHS, HOSTS = 4, 3
 
@@ -61,18 +67,27 @@ def test_a_host_that_waits_is_paid_nothing() -> None:
     assert all(bool((result["reward"] == 0).all()) for result in results)
 
 
+def twins_run(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    """Have `run(run_epoch, ...)` run the epochs of twins, and of nobody else."""
+
+    def wrapped(backend: Any, *rest: Any) -> torch.Tensor:
+        return twin_accuracies(SimpleNamespace(run_epoch=partial(run, backend.run_epoch)), *rest)
+
+    monkeypatch.setattr(environment, "twin_accuracies", wrapped)
+
+
 def test_a_twin_that_breaks_down_ends_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its accuracy is then that of its snapshot."""
-    run_epoch, seen = twin.run_epoch, []
+    seen = []
 
-    def breaks_down(spec, shards, settings, growth, *rest):
+    def breaks_down(run_epoch, growth, *rest):
         g = [part.clone() for part in growth]
         g[0]["host", "params"].apply_(lambda leaf: leaf.fill_(torch.nan))
-        growth, result = run_epoch(spec, shards, settings, g, *rest)
+        growth, result = run_epoch(g, *rest)
         seen.append(bool(result["panic"].all()))
         return growth, result
 
-    monkeypatch.setattr(twin, "run_epoch", breaks_down)
+    twins_run(monkeypatch, breaks_down)
     results, rollout = episode(ScriptedPolicy(never_grow()), reward_baseline="twin")
     assert seen == [True] * EPOCHS
     assert not any(bool(result["panic"].any()) for result in results)
@@ -84,8 +99,7 @@ def test_a_twin_that_breaks_down_ends_no_row(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_twins_run_once_an_episode_and_only_when_it_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    run_epoch = twin.run_epoch
-    monkeypatch.setattr(twin, "run_epoch", lambda *given: calls.append(given[-1]) or run_epoch(*given))
+    twins_run(monkeypatch, lambda run_epoch, *given: calls.append(given[-1]) or run_epoch(*given))
     with tiny_task():
         env = build_env(tiny_config(n_envs=1, max_epochs=2, reward_baseline="twin"))
         env.reset()

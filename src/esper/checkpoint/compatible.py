@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MAY_CHANGE = ("n_episodes", "telemetry_level", "checkpoint_every", "data_dir", "devices", "device")
+MAY_CHANGE = ("n_episodes", "telemetry_level", "checkpoint_every", "data_dir", "devices", "device", "collector")
 """Fields that do not enter the numbers, within the limits that `differences` sets."""
 
 

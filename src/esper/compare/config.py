@@ -237,6 +237,8 @@ def _problems(config: CompareConfig) -> Iterator[str]:
     except ConfigError as error:
         yield from (f"training.{problem}" for problem in error.problems)
         return
+    if training.collector.backend != "local":
+        yield f"training.collector.backend: {training.collector.backend!r}: comparisons run in one process; use 'local'"
     known: list[str] = []
     for i, arm in enumerate(config.arms):
         place = f"arms[{i}]"

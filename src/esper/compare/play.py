@@ -17,9 +17,9 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from esper.environment.env import GrowthEnv
+from esper.growth.backend import LocalBackend
 from esper.growth.flops import Costs, Ledger
-from esper.growth.plan import make_plan
-from esper.growth.step import begin, evaluate
+from esper.growth.step import begin
 from esper.seeds import bank
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import put
@@ -59,7 +59,8 @@ class Outcome:
 
 def costs_of(env: GrowthEnv) -> Costs:
     """What an environment's hosts cost."""
-    shard, batch = env.shards[0], env.epochs.batch_size
+    backend = _local(env)
+    shard, batch = backend.shards[0], backend.settings.batch_size
     return Costs(
         spec=env.spec,
         inputs=tuple(shard.splits.train.inputs.shape[1:]),
@@ -127,15 +128,14 @@ def play(
 def accuracy_on_test(env: GrowthEnv) -> Tensor:
     """Accuracy `[N]` of the hosts of the episode that has just finished on the test split, percentage points."""
     growth = env.finished_growth()
-    plans = [make_plan(g["slots"].cpu(), env.spec) for g in growth]
-    scores = evaluate(env.shards, growth, plans, env.epochs, "test")
+    scores = env.backend.evaluate(growth, "test")
     return 100.0 * scores["correct"][:, -1].double() / scores["seen"]
 
 
 def _fossilize(env: GrowthEnv, grown: TensorDict) -> None:
     """Give fresh hosts the seeds of `grown` as fossils, with the weights of the first seed planted in each slot."""
-    spec, growth = env.spec, []
-    for shard, g in zip(env.shards, env.growth(), strict=True):
+    spec, backend, growth = env.spec, _local(env), []
+    for shard, g in zip(backend.shards, env.growth(), strict=True):
         rows = grown[shard.hosts]
         kept = in_stage(rows, BLENDED)
         records = put(
@@ -150,8 +150,14 @@ def _fossilize(env: GrowthEnv, grown: TensorDict) -> None:
         )
         seeds = bank.plant(g["seeds"], spec.host, spec.slots, spec.blueprints, kept, records, g["key"])
         growth.append(changed(g, slots=records.to(shard.device), seeds=seeds))
-    started, metrics = begin(spec, env.shards, env.epochs, growth)
+    started, metrics = begin(spec, backend.shards, backend.settings, growth)
     state = env.state
     assert state is not None, "the environment was reset"
     groups = TensorDict({str(i): g for i, g in enumerate(started)})
     env.state = changed(state, growth=groups, tracker=env.settings.tracker.start(metrics))
+
+
+def _local(env: GrowthEnv) -> LocalBackend:
+    """The backend of an environment that compares; `CompareConfig` refuses any other."""
+    assert isinstance(env.backend, LocalBackend), "comparisons run in this process"
+    return env.backend

@@ -22,8 +22,8 @@ from esper.environment.observation import ObservationSettings, observe
 from esper.environment.rewards import COMPONENTS, RewardSettings, reward
 from esper.environment.signals import SignalTracker
 from esper.environment.twin import twin_accuracies
+from esper.growth.backend import Backend
 from esper.growth.spec import GrowthSpec
-from esper.growth.step import EpochSettings, Shard, reset, run_epoch
 from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
 from esper.seeds.slots import LAYOUT
@@ -67,14 +67,13 @@ class GrowthEnv(EnvBase):
     def __init__(
         self,
         spec: GrowthSpec,
-        shards: Sequence[Shard],
-        epochs: EpochSettings,
+        backend: Backend,
         settings: EnvSettings,
         device: torch.device | str = "cpu",
         observer: Observer | None = None,
     ) -> None:
         super().__init__(device=device, batch_size=[settings.n_hosts])
-        self.spec, self.shards, self.epochs, self.settings = spec, tuple(shards), epochs, settings
+        self.spec, self.backend, self.settings = spec, backend, settings
         self.observer = observer
         self.state: TensorDict | None = None
         self.finished: TensorDict | None = None
@@ -125,16 +124,16 @@ class GrowthEnv(EnvBase):
         return 0 if self.state is None else int(self.state["epoch"])
 
     def growth(self) -> list[TensorDict]:
-        """The growth state of every shard."""
+        """The growth state of every place of the backend."""
         if self.state is None:
             raise RuntimeError("the environment has no state before its first reset")
-        return [self.state["growth", str(i)] for i in range(len(self.shards))]
+        return [self.state["growth", str(i)] for i in range(len(self.backend.places))]
 
     def finished_growth(self) -> list[TensorDict]:
-        """The growth state of every shard at the end of the last whole episode (collectors reset at once)."""
+        """The growth state of every place at the end of the last whole episode (collectors reset at once)."""
         if self.finished is None:
             raise RuntimeError("no episode has finished yet")
-        return [self.finished["growth", str(i)] for i in range(len(self.shards))]
+        return [self.finished["growth", str(i)] for i in range(len(self.backend.places))]
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
         asked = None if tensordict is None else tensordict.get("_reset", None)
@@ -153,9 +152,8 @@ class GrowthEnv(EnvBase):
         own = action.clone()
         own[:, SLOT] = self._layout[action[:, SLOT]]
         tracker, twin = self.state["tracker"], self._twin(self.state)
-        growth, result = run_epoch(
-            self.spec, self.shards, self.epochs, self.growth(), own, tracker["val_accuracy"], self.epoch
-        )
+        growth, result = self.backend.run_epoch(self.growth(), own, tracker["val_accuracy"], self.epoch)
+        result["replaced"] = self.backend.replaced()
         unsettled = ~tracker["stabilized"]
         tracker = self.settings.tracker.update(tracker, result["metrics"])
         result["stabilized"] = tracker["stabilized"] & unsettled
@@ -196,10 +194,10 @@ class GrowthEnv(EnvBase):
         keys = episode_keys(self.settings.seed, episode, n // copies).repeat(copies)
         rates = torch.tensor(self.settings.host_lr, dtype=torch.float64)
         host_lr = rates.expand(copies).repeat_interleave(n // copies)
-        if self.epochs.family is not None:
-            host_lr = host_lr * draws(self.epochs.family, keys)["host_lr_factor"]
+        if self.backend.settings.family is not None:
+            host_lr = host_lr * draws(self.backend.settings.family, keys)["host_lr_factor"]
         seed_lr = torch.full((n,), self.settings.seed_lr, dtype=torch.float64)
-        growth, metrics = reset(self.spec, self.shards, self.epochs, keys, host_lr, seed_lr)
+        growth, metrics = self.backend.reset(keys, host_lr, seed_lr)
         tracker = self.settings.tracker.start(metrics)
         unknown = torch.full((n, self.spec.rules.max_epochs + 1), torch.nan)
         return TensorDict(
@@ -220,15 +218,16 @@ class GrowthEnv(EnvBase):
             return None
         if self.epoch > 0:
             return state["twin"]
-        return twin_accuracies(self.spec, self.shards, self.epochs, self.growth(), state["tracker", "val_accuracy"])
+        accuracy, max_epochs = state["tracker", "val_accuracy"], self.spec.rules.max_epochs
+        return twin_accuracies(self.backend, self.growth(), accuracy, max_epochs)
 
     def drawn(self) -> TensorDict | None:
         """What the hosts of the present episode have drawn from their family, `[N]` on the CPU, with `host_lr` and
         `host_parameters`, the rate and the size that came of it; None without a family."""
-        if self.epochs.family is None:
+        if self.backend.settings.family is None:
             return None
         growth = self.growth()
-        drawn = draws(self.epochs.family, torch.cat([g["key"].cpu() for g in growth]))
+        drawn = draws(self.backend.settings.family, torch.cat([g["key"].cpu() for g in growth]))
         rates = torch.cat([g["rates", "host"].cpu() for g in growth])
         return drawn.update({"host_lr": rates, "host_parameters": self.host_parameters()})
 

@@ -11,18 +11,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper.growth.spec import GrowthSpec
-from esper.growth.step import EpochSettings, Shard, run_epoch
+from esper.growth.backend import Backend
 from esper.seeds.actions import HEADS, Op
 
 
-def twin_accuracies(
-    spec: GrowthSpec,
-    shards: Sequence[Shard],
-    settings: EpochSettings,
-    growth: Sequence[TensorDict],
-    accuracy: Tensor,
-) -> Tensor:
+def twin_accuracies(backend: Backend, growth: Sequence[TensorDict], accuracy: Tensor, max_epochs: int) -> Tensor:
     """Validation accuracy `[N, T + 1]` before and after every epoch of an episode in which nothing is planted.
 
     `growth` and `accuracy` `[N]` are those of hosts that have not trained yet; neither is changed. A twin that breaks
@@ -30,7 +23,7 @@ def twin_accuracies(
     """
     wait = torch.full((accuracy.shape[0], len(HEADS)), int(Op.WAIT))
     course = [accuracy]
-    for epoch in range(spec.rules.max_epochs):
-        growth, result = run_epoch(spec, shards, settings, growth, wait, course[-1], epoch)
+    for epoch in range(max_epochs):
+        growth, result = backend.run_epoch(growth, wait, course[-1], epoch)
         course.append(result["metrics", "val_accuracy"])
     return torch.stack(course, dim=1)

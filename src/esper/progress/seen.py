@@ -53,7 +53,7 @@ class Seen:
             self.ops[event["data"]["op"]] += 1
         elif kind == "update":
             self.learner.append(health(event["data"]))
-        elif kind in ("governor_rollback", "anomaly"):
+        elif kind in ("governor_rollback", "anomaly", "host_restarted"):
             self.alarms[kind] += 1
         elif host is None or host >= MOST_HOSTS:
             return

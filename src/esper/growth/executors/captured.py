@@ -31,12 +31,17 @@ from esper.growth.trees import leaves, tree_map
 from esper.hosts.base import Tree
 from esper.hosts.ops import fused
 
+Pool = Any
+"""A handle of memory that recordings share."""
+
 
 @dataclass
 class _Trainer:
-    """The training program: static state, static inputs, and a recording with and without measuring."""
+    """The training program: static state, static inputs, a recording with and without measuring, and the memory that
+    both share. Memory is the program's own, because it goes when the last of its recordings does."""
 
     carry: Training
+    pool: Pool = field(default_factory=torch.cuda.graph_pool_handle)
     inputs: tuple[Tensor, ...] = ()
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
     norms: Tree = field(default_factory=dict)
@@ -44,9 +49,11 @@ class _Trainer:
 
 @dataclass
 class _Scorer:
-    """The scoring program: static state, the recording that prepares it and the one that scores a batch."""
+    """The scoring program: static state, the recording that prepares it, the one that scores a batch, and the memory
+    that both share."""
 
     carry: Scoring
+    pool: Pool = field(default_factory=torch.cuda.graph_pool_handle)
     prepare: torch.cuda.CUDAGraph | None = None
     score: torch.cuda.CUDAGraph | None = None
 
@@ -62,7 +69,6 @@ class CapturedExecutor:
         self.stacked = StackedExecutor(spec, device, kernels)
         self.recorded = 0
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._trainer: _Trainer | None = None
         self._scorer: _Scorer | None = None
         self._seats: Capacity | None = None
@@ -137,7 +143,7 @@ class CapturedExecutor:
             x.copy_(calibration)
         if scorer.prepare is None:
             carry = scorer.carry
-            scorer.prepare = self._record(lambda: self.stacked.prepare(carry, x), [])
+            scorer.prepare = self._record(lambda: self.stacked.prepare(carry, x), [], scorer.pool)
         scorer.prepare.replay()
         return scorer
 
@@ -148,7 +154,7 @@ class CapturedExecutor:
             _copy(static, (x, y))
             if carry.score is None:
                 counts = [carry.carry.correct, carry.carry.differ, carry.carry.loss]
-                carry.score = self._record(lambda: self._add_scores(carry.carry, *static), counts)
+                carry.score = self._record(lambda: self._add_scores(carry.carry, *static), counts, carry.pool)
             carry.score.replay()
         else:
             with torch.cuda.device(self.device):
@@ -166,7 +172,7 @@ class CapturedExecutor:
             _copy(_state(trainer.carry), _state(after))
             trainer.norms = after.norms
 
-        return self._record(step, _state(trainer.carry))
+        return self._record(step, _state(trainer.carry), trainer.pool)
 
     def _add_scores(self, carry: Scoring, x: Tensor, y: Tensor) -> None:
         with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.stacked.kernels):
@@ -195,7 +201,7 @@ class CapturedExecutor:
             torch.cuda.synchronize(self.device)
             self._scorer = None
 
-    def _record(self, step: Callable[[], Any], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+    def _record(self, step: Callable[[], Any], state: Sequence[Tensor], pool: Pool) -> torch.cuda.CUDAGraph:
         """Record a step. It runs once before, because libraries and kernels load lazily; `state` is what that must not
         change."""
         self.recorded += 1
@@ -208,7 +214,7 @@ class CapturedExecutor:
                 before = [tensor.detach().clone() for tensor in state]
                 step()
                 _copy(state, before)
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     step()
                 finally:

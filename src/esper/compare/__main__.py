@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from esper.compare.config import CompareConfig
 from esper.errors import InputError, RunStopped
@@ -64,20 +65,23 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
     except (ValueError, OSError, ImportError) as error:
         raise InputError([str(error)]) from error
     out.mkdir(parents=True, exist_ok=True)
-    run_arms(bench)
-    drawn = judge.drawn()
-    summary = summarise(bench.rows.values(), k.fold(k.root(config.shared.seed), k.Purpose.STATISTICS))
-    about = {
-        "command": command,
-        "versions": {"python": platform.python_version(), **versions()},
-        "config": config.to_dict(),
-        "training": config.shared.to_dict(),
-        "host_parameters": judge.spec.host_parameters,
-        "hosts": None if drawn is None else drawn.to_dict(),
-        "arms": summary,
-    }
-    write_json(out / "compare.json", about)
-    (out / "compare.md").write_text(markdown(summary, about), encoding="utf-8")
+    summary: list[dict[str, Any]] = []
+    for arm in run_arms(bench):
+        # Written after every arm, so that a comparison that is stopped leaves what it has found.
+        drawn = judge.drawn()
+        summary = summarise(bench.rows.values(), k.fold(k.root(config.shared.seed), k.Purpose.STATISTICS))
+        about = {
+            "command": command,
+            "versions": {"python": platform.python_version(), **versions()},
+            "config": config.to_dict(),
+            "training": config.shared.to_dict(),
+            "host_parameters": judge.spec.host_parameters,
+            "hosts": None if drawn is None else drawn.to_dict(),
+            "arms": summary,
+        }
+        write_json(out / "compare.json", about)
+        (out / "compare.md").write_text(markdown(summary, about), encoding="utf-8")
+        bench.say(f"{arm.kind}: done")
     for name, figure in pictures(list(bench.rows.values()), summary).items():
         save(figure, out, name)
 

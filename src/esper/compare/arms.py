@@ -6,6 +6,7 @@ row, and the test split is read once a row, after that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from esper.build import build_controller
 from esper.checkpoint.store import find
 from esper.compare.bench import Bench
 from esper.compare.config import (
+    Arm,
     Heuristic,
     Never,
     Ppo,
@@ -54,8 +56,9 @@ class Quiet:
         """Nothing."""
 
 
-def run_arms(bench: Bench) -> None:
-    """Run every arm of the bench's configuration, in order. Raises InputError where a given run does not fit."""
+def run_arms(bench: Bench) -> Iterator[Arm]:
+    """Run every arm of the bench's configuration, in order; yields each when its rows are there. Raises InputError
+    where a given run does not fit."""
     for arm in bench.config.arms:
         name = arm.rows[0]
         match arm:
@@ -74,6 +77,7 @@ def run_arms(bench: Bench) -> None:
                 _static_final(bench, arm, name)
             case StaticEqual():
                 _static_equal(bench, arm, name)
+        yield arm
 
 
 def _never(bench: Bench, arm: Never, name: str) -> None:

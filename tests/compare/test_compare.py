@@ -250,7 +250,7 @@ def test_what_is_tried_side_by_side_is_what_it_would_be_alone(tmp_path: Path) ->
                 arms=[never, {"kind": "schedule", "points": points}],
             )
             judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
-            arms.run_arms(judged)
+            list(arms.run_arms(judged))
             found.append([(row.chosen, row.search, row.objective.tolist()) for row in judged.rows.values()])
     assert found[0] == found[1]
     assert len({point["objective"] for point in found[0][1][0]["tried"]}) == len(SWEEP)
@@ -267,7 +267,7 @@ def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
         ]
         config = comparison(training={name: training[name] for name in fields}, arms=[{"kind": "never"}, *learners])
         judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
-        arms.run_arms(judged)
+        list(arms.run_arms(judged))
         costs, alone = costs_of(judged.judge), (None, None, None)
         epoch = costs.training(alone) + costs.evaluation(alone)
     search = {name: judged.rows[f"{name}-greedy"].search for name in kinds}
@@ -412,7 +412,7 @@ def test_the_controller_of_a_given_run_is_the_one_it_ended_with(
                 comparison(training={**training, **fields}, arms=[{"kind": "never"}, given])
             )
             judged = Bench(config, tmp_path / "out", lines.append)
-            arms.run_arms(judged)
+            list(arms.run_arms(judged))
             return judged
 
         rows = judged().rows

@@ -54,7 +54,7 @@ def judged(run_dir: Path, out: Path, **fields: Any) -> Bench:
     given = {"kind": "ppo", "run": str(run_dir)}
     config = {"training": training, "seeds": 3, "arms": [{"kind": "never"}, given]}
     bench = Bench(CompareConfig.from_dict(config), out, lambda text: None)
-    arms.run_arms(bench)
+    list(arms.run_arms(bench))
     return bench
 
 

@@ -7,7 +7,7 @@
 
 Every line is one ordinary run, `esper.run.train` with its event log and checkpoints, of `--rollouts` rollouts with the
 PPO controller. The first rollout warms up: programs are recorded until they have room for every plan. The rest is
-measured: medians of epochs; shares of wall time; recordings; how full the slots were.
+measured: medians of epochs; shares of wall time; recordings; how full the slots were; load and memory of the first GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.ends: list[float] = []
-        self.spent: dict[str, list[float]] = {"train": [], "evaluate": [], "epoch": []}
+        self.spent: dict[str, list[tuple[float, float]]] = {"train": [], "evaluate": []}
         self.filled: list[float] = []
         self.learned: list[float] = []
         self.recorded: list[int] = []
@@ -50,7 +50,7 @@ class Clock:
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = call(*args, **kwargs)
-            self.spent[name].append(time.perf_counter() - start)
+            self.spent[name].append((start, time.perf_counter() - start))
             shards = args[1] if name == "train" else args[0]
             self.executors.update(s.executor for s in shards)
             return result
@@ -79,7 +79,7 @@ def measure(config: TrainingConfig, warm: int) -> dict[str, Any]:
     originals = step.train, step.evaluate
     step.train, step.evaluate = clock.wrap("train", step.train), clock.wrap("evaluate", step.evaluate)
     stop, load = threading.Event(), []
-    cuda = torch.cuda.is_available() and config.device.startswith("cuda")
+    cuda = config.devices[0].startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         threading.Thread(target=busy, args=(stop, load), daemon=True).start()
@@ -97,11 +97,13 @@ def measure(config: TrainingConfig, warm: int) -> dict[str, Any]:
     first = warm * t
     wall = clock.learned[-1] - clock.learned[warm - 1]
     starts = [clock.learned[i // t - 1] if i % t == 0 else clock.ends[i - 1] for i in range(first, len(clock.ends))]
-    epochs = [end - start for end, start in zip(clock.ends[first:], starts, strict=True) if start is not None]
+    epochs = [end - start for end, start in zip(clock.ends[first:], starts, strict=True)]
     # An episode's first epoch includes the making of fresh hosts and their first scoring.
     inner = [e for i, e in enumerate(epochs) if i % t]
-    trained = sum(clock.spent["train"][first:])
-    scored = sum(clock.spent["evaluate"][-len(clock.ends) + first - rollouts :])
+    began, ended = clock.learned[warm - 1], clock.learned[-1]
+    trained, scored = (
+        sum(seconds for start, seconds in clock.spent[name] if began <= start < ended) for name in ("train", "evaluate")
+    )
     return {
         "hosts": config.n_envs,
         "amp": config.amp,
@@ -125,12 +127,14 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--amp", nargs="+", default=["off", "bf16"])
     parser.add_argument("--devices", nargs="+", default=None)
-    parser.add_argument("--rollouts", type=int, default=3)
+    parser.add_argument("--rollouts", type=int, default=3, help="at least 2; the first does not count")
     parser.add_argument("--epochs", type=int, default=None, help="epochs of an episode (default: the task's)")
     parser.add_argument("--fields", type=json.loads, default={}, help="further configuration fields, as JSON")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench-whole.json"))
     given = parser.parse_args()
+    if given.rollouts < 2:
+        parser.error(f"--rollouts: {given.rollouts}; must be at least 2, of which the first does not count")
     devices = given.devices or ["cuda:0" if torch.cuda.is_available() else "cpu"]
     if given.smoke:
         given.task, given.hosts, given.amp, given.rollouts, given.epochs = "digits", [2], ["off"], 2, 2

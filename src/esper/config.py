@@ -20,8 +20,14 @@ from esper.errors import ConfigError
 __all__ = ["PRESETS", "ConfigError", "ScheduleStep", "TrainingConfig", "preset", "read_json"]
 
 _ALL_SLOTS = ["early", "mid", "late"]
-_QUICK = {"lr": 1e-3, "ppo_updates_per_batch": 8, "entropy_coef": 0.01}
-"""A controller that learns within tens of rollouts (`docs/learning.md`)."""
+_QUICK = {
+    "lr": 1e-3,
+    "ppo_updates_per_batch": 8,
+    "entropy_coef": 0.01,
+    "probability_floor": {"slot": 0.02, "blueprint": 0.02, "blend": 0.02},
+}
+"""A controller that learns within tens of rollouts (`docs/learning.md`). What is planted, where and how is chosen less
+and less often as it learns what planting costs; the floors keep these heads from closing meanwhile."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"task": "digits", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},

@@ -183,3 +183,5 @@ def test_programs_grow_with_room_to_spare() -> None:
     assert enlarged(((0, 0), (3, 5)), None, (8, 8)) == ((0, 0), (4, 8))
     assert enlarged(((2, 0), (1, 5)), ((1, 3), (4, 8)), (8, 8)) == ((4, 3), (4, 8))
     assert enlarged(((8, 0),), ((4, 1),), (8,)) == ((8, 4),)
+    assert enlarged(((3, 0), (1, 5)), ((1, 1), (4, 4)), None) == ((3, 1), (4, 5))
+    assert enlarged(((1, 0), (1, 3)), ((1, 1), (4, 4)), None) == ((1, 1), (4, 4))

@@ -116,7 +116,7 @@ def play(
     return Outcome(
         accuracy=accuracy,
         keys=keys,
-        parameters=records["parameters"].sum(1) + env.host_parameters(),
+        parameters=records["parameters"].sum(1) + env.spec.parameters_of(keys),
         training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,

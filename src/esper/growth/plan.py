@@ -1,7 +1,7 @@
 """The plan of an epoch: which host has which seed where, and in which mode it runs.
 
 The lifecycle changes only between epochs, so the slot table is read once and everything that follows is static. Equal
-plans are equal values; executors cache what they build for them.
+plans are equal values.
 """
 
 from __future__ import annotations

@@ -77,9 +77,8 @@ def norm_relu_pool(
         # batch_norm writes into its running statistics; clones keep the function pure, also under vmap.
         mean, var = mean.clone(), var.clone()
     training = momentum is not None
-    # On a CPU a stack's features must have the type of its statistics.
-    wide = h if h.is_cuda else h.to(mean.dtype)
-    wide = F.batch_norm(wide, mean, var, weight, bias, training=training, momentum=momentum or 0.0, eps=EPS)
+    # A stack's features must have the type of its statistics, or one of the two passes refuses them.
+    wide = F.batch_norm(h.to(mean.dtype), mean, var, weight, bias, training=training, momentum=momentum or 0.0, eps=EPS)
     h = F.relu(wide.to(h.dtype))
     return (F.max_pool2d(h, pool) if pool > 1 else h), mean, var
 
@@ -107,7 +106,8 @@ def _stacked(x: Tensor, weight: Tensor) -> bool:
 def cast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's type. Under `torch.func.vmap` autocast on a CPU overlooks convolutions."""
     kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    wanted = torch.is_autocast_enabled(kind) and tensor.dtype is not torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if wanted else tensor
 
 
 def _stack(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:

@@ -89,7 +89,7 @@ def _shaped_seed(host: Host, slot: str, name: str, host_key: Tensor, keys: Tenso
 
 def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor, planted: Tensor) -> TensorDict:
     """Zero the seeds of the slots where `removed` `[N, S]`; `planted` int64 `[N, S]` are the blueprints that stood
-    there, -1 for none, in the bank's order. All else in the bank is zero already."""
+    there, -1 for none, numbered as the bank lists them. All else in the bank is zero already."""
     kinds = torch.where(removed.cpu(), planted.cpu(), -1)
     for j, slot in enumerate(slots):
         names = list(bank[slot].keys())

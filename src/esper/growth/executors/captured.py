@@ -2,8 +2,8 @@
 
 A step is the stacked executor's own step. Recording it fixes where its inputs and its state lie; each batch is copied
 there and replayed without Python. The program depends on how many seats and branches it has room for, not on the plan:
-a plan that fits is data, one that does not has a larger program recorded, with room to spare, so that recordings soon
-cease. The kernels skip free seats and rows, so spare room costs little.
+a plan that fits is data, one that does not has a larger program recorded. For image hosts, whose kernels skip free
+seats and rows, that has room to spare, so that recordings soon cease.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ class CapturedExecutor:
                 raise ValueError(f"rooms: {name}: {room}; must be seats, seeds or branches, {slots} rows of {kinds}")
         if ("seeds" in rooms) != ("branches" in rooms):
             raise ValueError(f"rooms: {', '.join(rooms)}; seeds and branches go together")
+        seeds, branches = (sum(rooms.get(name, ()), ()) for name in ("seeds", "branches"))
+        if any(b and not s for s, b in zip(seeds, branches, strict=True)):
+            raise ValueError(f"rooms: branches: {rooms['branches']}; a branch needs room for a seed")
         self._forget()
         self._retire()
         self._seats = rooms.get("seats")
@@ -99,10 +102,12 @@ class CapturedExecutor:
             fresh = self.stacked.start(growth, table, held.carry.seating.capacity, held.carry)
             _copy(_state(held.carry), _state(fresh))
             held.carry.table, held.carry.seating = table, fresh.seating
-            held.carry.steps = held.carry.seen = 0
+            held.carry.norms, held.carry.steps, held.carry.seen = {}, 0, 0
             return held
+        held = None
         self._forget()
-        self._seats = enlarged(wanted, self._seats, [len(plan)] * len(self.spec.slots))
+        spare = [len(plan)] * len(self.spec.slots) if self._spares else None
+        self._seats = enlarged(wanted, self._seats, spare)
         self._trainer = _Trainer(self.stacked.start(growth, table, self._seats))
         return self._trainer
 
@@ -134,7 +139,8 @@ class CapturedExecutor:
             _copy(_scored(scorer.carry), _scored(fresh))
             scorer.carry.tree, scorer.carry.seating, scorer.carry.seen = fresh.tree, fresh.seating, 0
         else:
-            self._room = coalitions.enlarged_room(wanted, self._room, len(plan))
+            self._room = coalitions.enlarged_room(wanted, self._room, len(plan) if self._spares else None)
+            scorer = None
             self._retire()
             self._scorer = scorer = _Scorer(_owned(self.stacked.start_evaluation(growth, table, self._room)))
         x = None
@@ -170,7 +176,8 @@ class CapturedExecutor:
             x, y, host_lr, seed_lr, keys = trainer.inputs
             after = self.stacked.train_step(copy.copy(trainer.carry), x, y, host_lr, seed_lr, keys, measure)
             _copy(_state(trainer.carry), _state(after))
-            trainer.norms = after.norms
+            if measure:
+                trainer.norms = after.norms
 
         return self._record(step, _state(trainer.carry), trainer.pool)
 
@@ -189,6 +196,11 @@ class CapturedExecutor:
             self._buffers[name] = held
         return held
 
+    @property
+    def _spares(self) -> bool:
+        """Whether spare room is worth having: where something skips it, and the kernels are those of image hosts."""
+        return self.stacked.kernels and self.spec.host.topology == "cnn"
+
     def _forget(self) -> None:
         """Let the training program go, once the device is done with it."""
         if self._trainer is not None:
@@ -206,6 +218,8 @@ class CapturedExecutor:
         change."""
         self.recorded += 1
         graph = torch.cuda.CUDAGraph()
+        # Programs that nobody uses any more, of other executors too, hold gigabytes until they are collected.
+        gc.collect()
         collecting = gc.isenabled()
         # Collecting an old recording while a new one is made would be an illegal operation inside it.
         gc.disable()
@@ -214,6 +228,10 @@ class CapturedExecutor:
                 before = [tensor.detach().clone() for tensor in state]
                 step()
                 _copy(state, before)
+                # Nothing that lies in caches can be given back while a recording is made.
+                del before
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     step()

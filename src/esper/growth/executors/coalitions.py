@@ -18,7 +18,18 @@ from torch.func import vmap
 
 from esper.growth.executors import base
 from esper.growth.executors.grafting import branch, select_rows
-from esper.growth.executors.seating import Capacity, Seating, Table, demand, enlarged, fill, fits, seat_plan, upload
+from esper.growth.executors.seating import (
+    BYPASS,
+    Capacity,
+    Seating,
+    Table,
+    demand,
+    enlarged,
+    fill,
+    fits,
+    seat_plan,
+    upload,
+)
 from esper.growth.executors.seeds import gather, grow, select, strength
 from esper.growth.forward import correct, mean_loss
 from esper.growth.spec import GrowthSpec
@@ -111,11 +122,12 @@ def room_for(spec: GrowthSpec, table: Table) -> Room:
     return Room(demand(list(live.blueprint.T), kinds), branches)
 
 
-def enlarged_room(wanted: Room, held: Room | None, n_hosts: int) -> Room:
-    """Room for `wanted` and no less than `held`, with some to spare."""
+def enlarged_room(wanted: Room, held: Room | None, n_hosts: int | None) -> Room:
+    """Room for `wanted` and no less than `held`, with some to spare if the number of hosts, its limit, is given."""
     places = range(len(wanted.seeds))
-    seeds = enlarged(wanted.seeds, None if held is None else held.seeds, [n_hosts for _ in places])
-    branches = enlarged(wanted.branches, None if held is None else held.branches, [n_hosts << j for j in places])
+    most, branching = (None, None) if n_hosts is None else ([n_hosts for _ in places], [n_hosts << j for j in places])
+    seeds = enlarged(wanted.seeds, None if held is None else held.seeds, most)
+    branches = enlarged(wanted.branches, None if held is None else held.branches, branching)
     # A branch needs a seed to run.
     seeds = tuple(
         tuple(max(a, min(1, b)) for a, b in zip(row, other, strict=True))
@@ -156,7 +168,7 @@ def lay_out(table: Table, seat: Tensor, room: Room, device: torch.device) -> Coa
 def _live(table: Table) -> Table:
     """The plan with only the seeds that take part in the forward value."""
     off = ~table.live
-    return Table(table.blueprint.masked_fill(off, -1), table.mode.masked_fill(off, 0), table.gated, table.frozen)
+    return Table(table.blueprint.masked_fill(off, -1), table.mode.masked_fill(off, BYPASS), table.gated, table.frozen)
 
 
 def _rows(live: Table) -> list[tuple[Tensor, Tensor]]:
@@ -204,11 +216,10 @@ def levels(spec: GrowthSpec, scoring: Scoring) -> list[Tree]:
     branchings, _, _ = scoring.tree.slots(scoring.data)
     params, statistics = scoring.params, scoring.statistics
     found: list[Tree] = []
-    for slot, b in zip(spec.slots, branchings, strict=True):
+    for slot, b, rooms in zip(spec.slots, branchings, scoring.tree.room.seeds, strict=True):
         seeds: dict[str, Any] = {}
         if slot in scoring.seeds and b.source.shape[0]:
             body, first = {}, 0
-            rooms = scoring.tree.room.seeds[spec.slots.index(slot)]
             for name, room, seat in zip(spec.blueprints, rooms, b.seat.split(b.capacity), strict=True):
                 if seat.shape[0]:
                     # Branches that are not there name seat 0, which another blueprint may own.

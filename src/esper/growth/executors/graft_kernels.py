@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.growth.executors.seating import BLEND, STRAIGHT
+
 _BLOCK = 1024
-_BYPASS, _STRAIGHT, _BLEND = 0, 1, 2
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def take_grad(g: Tensor, seat: Tensor, mode: Tensor) -> Tensor:
     g = g.contiguous()
     out = g.new_empty(seat.shape[0], *g.shape[1:])
     size = g[0].numel()
-    _take_grad_kernel[(triton.cdiv(size, _BLOCK), seat.shape[0])](g, seat, mode, out, size, _BLEND, _BLOCK)
+    _take_grad_kernel[(triton.cdiv(size, _BLOCK), seat.shape[0])](g, seat, mode, out, size, BLEND, _BLOCK)
     return out
 
 
@@ -123,7 +124,7 @@ def combine(
     size, positions = h[0].numel(), strength[0].numel()
     _combine_kernel[(triton.cdiv(size, _BLOCK), seat.shape[0])](
         h, s, strength, seat, mode, seat if source is None else source, seat if active is None else active, out,
-        size, size // positions, positions, _BLEND, source is not None, _BLOCK,
+        size, size // positions, positions, BLEND, source is not None, _BLOCK,
     )  # fmt: skip
     return out
 
@@ -138,6 +139,6 @@ def combine_grad(
     m = h[0].numel() // positions
     block = min(_BLOCK, triton.next_power_of_2(m))
     _combine_grad_kernel[(positions, h.shape[0])](
-        g, h, s, strength, seat, mode, to_h, to_s, to_strength, positions, m, _STRAIGHT, _BLEND, block
+        g, h, s, strength, seat, mode, to_h, to_s, to_strength, positions, m, STRAIGHT, BLEND, block
     )
     return to_h, to_s, to_strength

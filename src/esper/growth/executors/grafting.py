@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.growth.executors.seating import BLEND, STRAIGHT, Seats
+from esper.growth.executors.seating import BLEND, BYPASS, STRAIGHT, Seats
 from esper.hosts import ops
 
 
@@ -44,7 +44,7 @@ def select_rows(h: Tensor, source: Tensor, active: Tensor) -> Tensor:
 def branch(h: Tensor, s: Tensor, strength: Tensor, source: Tensor, seat: Tensor, active: Tensor) -> Tensor:
     """Rows `source` `[N']` of `h`, with the output of seat `seat` (-1 for none) blended in; without gradients."""
     if ops.is_fused(h):
-        return _kernels().combine(h, s, strength, seat, torch.where(seat >= 0, BLEND, 0), source, active)
+        return _kernels().combine(h, s, strength, seat, torch.where(seat >= 0, BLEND, BYPASS), source, active)
     return _blended(h.index_select(0, source), s, strength, seat, seat >= 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.growth.trees import leaves, like
+from esper.growth.trees import leaves, like, tree_map
 from esper.hosts.base import Tree
 
 
@@ -46,7 +46,12 @@ class Layout:
 def layout(parts: Sequence[tuple[Tree, int]], tree: Tree) -> Layout:
     """The layout of `tree`, which is made of `parts` in order: subtrees, each with the number of its first row."""
     shapes = [(leaf.shape, first) for part, first in parts for leaf in leaves(part)]
-    return Layout(tree, tuple(shape for shape, _ in shapes), tuple(first for _, first in shapes))
+    # Of the tree only the names are wanted; its tensors would be kept as long as the layout.
+    return Layout(
+        tree_map(lambda leaf: leaf.new_empty(0), tree),
+        tuple(shape for shape, _ in shapes),
+        tuple(first for _, first in shapes),
+    )
 
 
 def pack(tree: Tree) -> Tensor:

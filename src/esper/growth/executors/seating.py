@@ -60,10 +60,13 @@ def demand(chosen: Sequence[Tensor], kinds: int) -> Capacity:
     return tuple(tuple(torch.bincount(column[column >= 0], minlength=kinds).tolist()) for column in chosen)
 
 
-def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int]) -> Capacity:
-    """Capacity for `wanted` and no less than `held`. What one blueprint needs in a slot another may need tomorrow, so
-    every one of a slot gets at least half as much as the largest; all in steps of powers of two with half as much again
-    to spare, so that a run soon stops needing more. `limits[j]` bounds each entry of slot `j`."""
+def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int] | None) -> Capacity:
+    """Capacity for `wanted` and no less than `held`; just that without `limits`.
+
+    With them there is some to spare. What one blueprint needs in a slot another may need tomorrow, so every one of a
+    slot gets at least half as much as the largest; all in steps of powers of two with half as much again, so that a run
+    soon stops needing more. `limits[j]` bounds each entry of slot `j`.
+    """
 
     def roomy(need: int, limit: int) -> int:
         return max(need, min(limit, 1 << (3 * need // 2 - 1).bit_length())) if need else 0
@@ -71,8 +74,12 @@ def enlarged(wanted: Capacity, held: Capacity | None, limits: Sequence[int]) -> 
     held = held or tuple(tuple(0 for _ in row) for row in wanted)
     if fits(wanted, held):
         return held
+    if limits is None:
+        return tuple(tuple(map(max, row, old)) for row, old in zip(wanted, held, strict=True))
     return tuple(
-        tuple(max(roomy(need, limit), have, roomy(max(row), limit) // 2) for need, have in zip(row, old, strict=True))
+        tuple(
+            max(roomy(need, limit), have, -(-roomy(max(row), limit) // 2)) for need, have in zip(row, old, strict=True)
+        )
         for row, old, limit in zip(wanted, held, limits, strict=True)
     )
 

@@ -10,12 +10,13 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.func import vmap
 
-from esper.growth.executors.seating import Capacity, Seating, Seats
+from esper.growth.executors.seating import Capacity, Seating, Seats, upload
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts import ops
 from esper.hosts.base import Tree
 from esper.seeds import blending
+from esper.values import changed
 
 SlotSeeds = dict[str, Any]
 """The seeds of one slot: `gate`, leaves `[R, ...]`, and `body` by blueprint, leaves `[seats, ...]`."""
@@ -54,22 +55,21 @@ def numbered(spec: GrowthSpec, seeds: dict[str, SlotSeeds], capacity: Capacity, 
 
 def scatter(spec: GrowthSpec, bank: TensorDict, seating: Seating, params: Tree, moments: Tree) -> TensorDict:
     """A bank with the seeds of all taken seats written back; entries without a seed are shared."""
-    result = bank.clone(recurse=False)
+    written: dict[str, TensorDict] = {}
     for slot, rooms, groups in zip(spec.slots, seating.capacity, seating.members, strict=True):
-        first = 0
+        entries, first = {}, 0
         for name, room, members in zip(spec.blueprints, rooms, groups, strict=True):
             if members.numel():
                 kind = as_tree(bank[slot, name])
-                rows = members.to(bank.device or torch.device("cpu"))
-                written = {
-                    part: _written(kind[part], rows, _seated(tree[slot], name, first))
+                parts = {
+                    part: _written(kind[part], members, _seated(tree[slot], name, first))
                     for part, tree in (("params", params), ("moments", moments))
                 }
-                if result[slot] is bank[slot]:
-                    result[slot] = bank[slot].clone(recurse=False)
-                result[slot][name] = as_tensordict(written, list(bank.batch_size))
+                entries[name] = as_tensordict(parts, list(bank.batch_size))
             first += room
-    return result
+        if entries:
+            written[slot] = changed(bank[slot], **entries)
+    return changed(bank, **written)
 
 
 def _seated(seeds: SlotSeeds, name: str, first: int) -> Tree:
@@ -77,13 +77,11 @@ def _seated(seeds: SlotSeeds, name: str, first: int) -> Tree:
     return {"body": seeds["body"][name], "gate": tree_map(lambda leaf: leaf[first:], seeds["gate"])}
 
 
-def _written(tree: Tree, rows: Tensor, values: Tree) -> dict[str, Any]:
-    count = rows.shape[0]
-    written = [
-        leaf.index_copy(0, rows, leaves_[:count].detach())
-        for leaf, leaves_ in zip(leaves(tree), leaves(like(tree, iter(leaves(values)))), strict=True)
-    ]
-    return like(tree, iter(written))
+def _written(tree: Tree, members: Tensor, values: Tree) -> dict[str, Any]:
+    """A tree of the bank with the first seats of `values` written to the hosts `members`."""
+    old, new, count = leaves(tree), leaves(values), members.shape[0]
+    rows = upload(members, old[0].device)
+    return like(tree, (a.index_copy(0, rows, b[:count].detach()) for a, b in zip(old, new, strict=True)))
 
 
 def select(tree: Tree, rows: Tensor) -> dict[str, Any]:

@@ -161,12 +161,13 @@ class StackedExecutor(base.Roomless):
 
     def finish(self, carry: Training, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
         n = list(growth.batch_size)
-        params, moments = (carry.layout.open(packed.detach().clone()) for packed in (carry.params, carry.moments))
+        params, moments = (carry.layout.open(packed.detach()) for packed in (carry.params, carry.moments))
+        # Copies, because a view would keep the whole vector with all its seats.
         host = TensorDict(
             {
-                "params": as_tensordict(params["host"], n),
+                "params": as_tensordict(tree_map(torch.Tensor.clone, params["host"]), n),
                 "statistics": as_tensordict(carry.statistics, n),
-                "moments": as_tensordict(moments["host"], n),
+                "moments": as_tensordict(tree_map(torch.Tensor.clone, moments["host"]), n),
             },
             batch_size=n,
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Integers that vary with the number of hosts are never specialised: a new group size must not compile a new kernel.
+# Integers that vary with the number of hosts are never specialised: a new number of rows must not compile a new kernel.
 _PIXELS = 128
 _TAPS = 32
 

@@ -426,3 +426,17 @@ def test_the_controller_of_a_given_run_is_the_one_it_ended_with(
         assert len(lines) == 3
         with pytest.raises(InputError, match="seed 42, the comparison has 1"):
             judged(seed=1)
+
+
+@pytest.mark.parametrize("path", sorted(SMOKE.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_every_comparison_in_the_repository_takes_a_step(path: Path, tmp_path: Path) -> None:
+    """One epoch of one batch for two hosts on a CPU, with the arms that choose nothing."""
+    given = CompareConfig.from_json_path(path).to_dict()
+    shared = {**given["training"], "devices": ["cpu"], "max_epochs": 1}
+    shared["train_samples"] = shared.get("batch_size", 64)
+    few = {**given, "training": shared, "seeds": 2, "arms": [arm for arm in given["arms"] if arm["kind"] == "random"]}
+    few["arms"].insert(0, {"kind": "never"})
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    assert main(["--config", str(tmp_path / "few.json"), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [arm["name"] for arm in found["arms"]] == ["never", "random"]

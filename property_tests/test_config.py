@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from esper.config import PRESETS, ConfigError, TrainingConfig, read_json
+from esper.config_fields import Family
 from esper.errors import InputError
 from esper.flags import parse
 
@@ -68,6 +69,14 @@ def valid(draw: st.DrawFn) -> TrainingConfig:
     return TrainingConfig.from_dict(data)
 
 
+def completed(defaults: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with what it leaves out, in its sections too."""
+    sections = {**defaults, "family": Family().model_dump()}
+    return defaults | {
+        name: sections[name] | value if isinstance(value, dict) else value for name, value in data.items()
+    }
+
+
 @given(mutated())
 def test_a_mutated_config_is_a_config_or_a_list_of_problems(tmp_path_factory, data: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "mutated.json"
@@ -83,7 +92,7 @@ def test_a_mutated_config_is_a_config_or_a_list_of_problems(tmp_path_factory, da
     if refused:
         return
     assert TrainingConfig.from_dict(config.to_dict()) == config
-    assert config.to_dict() == {**TrainingConfig().to_dict(), **data}
+    assert config.to_dict() == completed(TrainingConfig().to_dict(), data)
 
 
 @given(st.text(max_size=40) | st.binary(max_size=40))

@@ -63,7 +63,7 @@ def _line(place: str, value: Any, legal: str) -> str:
 
 
 def _describe(schema: Schema, loc: tuple[int | str, ...], kind: str, value: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
     if kind == "extra_forbidden":
         known = list(_properties(schema, _descend(schema, loc[:-1])))
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)

@@ -223,7 +223,7 @@ def ppo_training(arm: Ppo, training: TrainingConfig) -> TrainingConfig:
 
 
 def _line(item: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
     return f"{place}: {item['input']!r:.120}: {item['msg']}"
 
 

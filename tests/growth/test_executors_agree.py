@@ -164,10 +164,11 @@ def test_free_seats_change_nothing(topology: str, incubation: str) -> None:
                 carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True
             )
         state, measured = runner.finish(carry, growth)
-        room = room_for(spec, table)
+        live = table.only_live()
+        room = room_for(spec, live)
         if seats is not capacity:
             room = Room(roomier(room.seeds), roomier(room.branches))
-        scoring = runner.prepare(runner.start_evaluation(state, table, room), stream[0][0][1])
+        scoring = runner.prepare(runner.start_evaluation(state, live, room), stream[0][0][1])
         scores = runner.finish_evaluation(runner.evaluate_step(scoring, stream[0][0][0], stream[0][1]))
         results.append((state, measured, scores))
     (exact, norms, right), (spare, other_norms, other_right) = results

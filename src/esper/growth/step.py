@@ -21,7 +21,7 @@ from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
 from esper.growth.governor import govern, take_snapshot
-from esper.growth.plan import Mode, Plan, make_plan
+from esper.growth.plan import Plan, live_slots, make_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
 from esper.keys import Purpose
@@ -106,11 +106,10 @@ def run_epoch(
     Returns:
         The new growth states and a TensorDict `[N]` on the CPU with `key` (of the hosts), `before`, `lived` and
         `after` (slot records before the step, after training and validation, after governor and tick), `outcome` (of
-        the action, with
-        `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`, `coalitions`
-        `[N, 2**S]`; percentage points), `panic` (bool), `governor` (the rest of `govern`'s report) and `restarted`
-        (bool, the step before was a panic). The metrics of a host that panicked are those it was taken back to; what
-        its governor saw is in the report.
+        the action, with `auto_culled` `[N, S]`), `metrics` (`train_loss`, `val_loss`, `train_accuracy`,
+        `val_accuracy`, `coalitions` `[N, 2**S]`; percentage points), `panic` (bool), `governor` (the rest of `govern`'s
+        report) and `restarted` (bool, the step before was a panic). The metrics of a host that panicked are those it
+        was taken back to; what its governor saw is in the report.
     """
     before = [g["slots"].cpu() for g in growth]
     restarted = [g["governor", "restored_epoch"].cpu() >= 0 for g in growth]
@@ -244,7 +243,7 @@ def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
     its paired standard error over samples. Slots that are not live are nan."""
     correct, seen = scores["correct"].double(), scores["seen"].double()[:, None]
     n_slots = scores["differ"].shape[1]
-    live = torch.tensor([[e is not None and e.mode is Mode.BLEND for e in row] for row in plan]).view(-1, n_slots)
+    live = torch.tensor([[j in slots for j in range(n_slots)] for slots in map(live_slots, plan)])
     # A coalition with slots that are not live counts as the one without them, so the last one is everybody.
     without = correct[:, (2**n_slots - 1) - (1 << torch.arange(n_slots))]
     gain = (correct[:, -1:] - without) / seen

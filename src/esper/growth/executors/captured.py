@@ -132,7 +132,7 @@ class CapturedExecutor:
         return self.stacked.finish(_own_results(carry.carry), growth)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> _Scorer:
-        table, scorer = as_table(plan, self.spec), self._scorer
+        table, scorer = as_table(plan, self.spec).only_live(), self._scorer
         wanted = coalitions.room_for(self.spec, table)
         if scorer is not None and scorer.carry.tree.room.holds(wanted):
             fresh = self.stacked.start_evaluation(growth, table, scorer.carry.tree.room)

@@ -19,7 +19,6 @@ from torch.func import vmap
 from esper.growth.executors import base
 from esper.growth.executors.grafting import branch, select_rows
 from esper.growth.executors.seating import (
-    BYPASS,
     Capacity,
     Seating,
     Table,
@@ -115,9 +114,9 @@ class Scoring:
     seen: int = 0
 
 
-def room_for(spec: GrowthSpec, table: Table) -> Room:
-    """The room that scoring a plan needs."""
-    kinds, live = len(spec.blueprints), _live(table)
+def room_for(spec: GrowthSpec, live: Table) -> Room:
+    """The room that scoring a plan of live seeds needs."""
+    kinds = len(spec.blueprints)
     branches = demand([live.blueprint[hosts, j] for j, (hosts, _) in enumerate(_rows(live)[:-1])], kinds)
     return Room(demand(list(live.blueprint.T), kinds), branches)
 
@@ -137,10 +136,10 @@ def enlarged_room(wanted: Room, held: Room | None, n_hosts: int | None) -> Room:
 
 
 def lay_out(table: Table, seat: Tensor, room: Room, device: torch.device) -> Coalitions:
-    """The tree of a plan whose live seeds sit on `seat` `[N, S]`; new rows are appended at each slot."""
+    """The tree of a plan of live seeds, who sit on `seat` `[N, S]`; new rows are appended at each slot."""
     n, n_slots = table.blueprint.shape
-    table, data, length = _live(table), [], n
-    rows = _rows(table)
+    rows, length = _rows(table), n
+    data: list[Tensor] = []
     for j, capacity in enumerate(room.branches):
         length += sum(capacity)
         hosts, _ = rows[j]
@@ -165,12 +164,6 @@ def lay_out(table: Table, seat: Tensor, room: Room, device: torch.device) -> Coa
     return Coalitions(room, upload(torch.cat([*data, everyone, without.flatten()]), device), leaf)
 
 
-def _live(table: Table) -> Table:
-    """The plan with only the seeds that take part in the forward value."""
-    off = ~table.live
-    return Table(table.blueprint.masked_fill(off, -1), table.mode.masked_fill(off, BYPASS), table.gated, table.frozen)
-
-
 def _rows(live: Table) -> list[tuple[Tensor, Tensor]]:
     """Host and coalition of every row before each slot, and at the end."""
     n, n_slots = live.blueprint.shape
@@ -192,8 +185,8 @@ def _groups(live: Table, hosts: Tensor, slot: int, kinds: int) -> list[Tensor]:
 
 
 def start(spec: GrowthSpec, growth: TensorDict, table: Table, room: Room, device: torch.device) -> Scoring:
-    """Nothing scored yet."""
-    seating = seat_plan(_live(table), room.seeds, device)
+    """Nothing scored yet; `table` is a plan of live seeds."""
+    seating = seat_plan(table, room.seeds, device)
     tree = lay_out(table, seating.seat, room, device)
     n, n_slots = table.blueprint.shape
     return Scoring(

@@ -37,6 +37,12 @@ class Table:
         """Seeds that take part in the forward value, bool `[N, S]`."""
         return self.mode == BLEND
 
+    def only_live(self) -> Table:
+        """The plan without all other seeds: what there is to score."""
+        off = ~self.live
+        blueprint, mode = self.blueprint.masked_fill(off, -1), self.mode.masked_fill(off, BYPASS)
+        return Table(blueprint, mode, self.gated, self.frozen)
+
     @property
     def uses_gate(self) -> Tensor:
         """Seeds whose gate takes part, bool `[N, S]`."""

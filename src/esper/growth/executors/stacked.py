@@ -175,11 +175,11 @@ class StackedExecutor(base.Roomless):
         return changed(growth, host=host, seeds=bank, **carry.scale), self._measurements(carry)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Scoring:
-        table = as_table(plan, self.spec)
+        table = as_table(plan, self.spec).only_live()
         return self.prepare(self.start_evaluation(growth, table, coalitions.room_for(self.spec, table)), calibration)
 
     def start_evaluation(self, growth: TensorDict, table: Table, room: Room) -> Scoring:
-        """`begin_evaluation` with that much room and nothing prepared."""
+        """`begin_evaluation` of a plan of live seeds, with that much room and nothing prepared."""
         return coalitions.start(self.spec, growth, table, room, self.device)
 
     def prepare(self, carry: Scoring, calibration: Tensor | None) -> Scoring:

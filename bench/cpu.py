@@ -21,44 +21,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from esper import keys as k
 from esper.build import build_controller, build_env
 from esper.config import TrainingConfig
 from esper.control.policy import RecurrentPolicy
-from esper.data.batches import SharedBatchIterator, evaluation_batches
-from esper.data.synthetic import load_synthetic
 from esper.environment.env import GrowthEnv
 from esper.events import EventLog
 from esper.learn.collector import BatchFirstCollector
 from esper.run import build_learner
+from esper.seeds import bank
 from esper.seeds.stages import Stage
-from esper.tasks import get_task, register_task
 from esper.telemetry import record_step
-from plain import PlainHost, epoch
+from grown import SLOTS, register
+from plain import networks, train, validate
 
 TASK = "bench_synthetic"
 
 
-def register(images: int) -> None:
-    """The synthetic task with `images` training and a quarter as many validation images."""
-    register_task(
-        replace(
-            get_task("synthetic"),
-            name=TASK,
-            load=lambda key, folder: load_synthetic(key, images, images // 4, 64),
-            batch_size=128,
-            augment=False,
-        )
-    )
-
-
 def make_env(n: int, max_epochs: int) -> GrowthEnv:
-    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=max_epochs, slots=["early", "mid", "late"])
+    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=max_epochs, slots=list(SLOTS))
     env = build_env(config)
     env.reset()
     return env
@@ -71,8 +55,6 @@ def plant(env: GrowthEnv) -> None:
     j, b = env.spec.slots.index("mid"), env.spec.blueprints.index("conv_light")
     records["stage"][:, j], records["blueprint"][:, j] = Stage.FOSSILIZED, b
     records["blend"][:, j], records["alpha"][:, j], records["planted"][:, j] = 0, 1.0, 1
-    from esper.seeds import bank
-
     germinated = torch.zeros_like(records["healthy"])
     germinated[:, j] = True
     spec = env.spec
@@ -95,22 +77,19 @@ def ours(env: GrowthEnv) -> float:
     return time.perf_counter() - start
 
 
-def plain(env: GrowthEnv, seeded: bool) -> float:
+def plain(env: GrowthEnv) -> float:
     """Seconds of the same epoch of the same data in a loop of modules."""
-    n, splits = env.batch_size[0], env.backend.shards[0].splits
-    hosts = [PlainHost(3, 10, env.spec.host.channels(0), seeded) for _ in range(n)]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(h.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4) for h in hosts
-    ]
-    keys = k.host_keys(k.root(0), n)
-
-    def stream(i: int):
-        for batch in SharedBatchIterator([splits], [keys[i : i + 1]], env.backend.settings.batch_size, 0):
-            yield batch[0][0][0], batch[0][1][0]
-
-    validation = list(evaluation_batches(splits, splits.validation, 512))
+    splits, records = env.backend.shards[0].splits, env.records()
+    hosts = networks(env.spec, records, splits.device)
+    nets = [net for net, _ in hosts]
+    if (records["blueprint"] >= 0).any():
+        bare = [net for net, _ in networks(env.spec, torch.full_like(records, -1), splits.device)]
+        for net, own in zip(bare, nets, strict=True):
+            net.blocks, net.head = own.blocks, own.head
+        nets = nets + bare
     start = time.perf_counter()
-    epoch(hosts, optimisers, [stream(i) for i in range(n)], validation)
+    train(hosts, splits, env.backend.settings.batch_size)
+    validate(nets, splits)
     return time.perf_counter() - start
 
 
@@ -119,9 +98,9 @@ def compare(n: int, rounds: int, seeded: bool) -> dict[str, float]:
     if seeded:
         plant(env)
     pairs = []
-    ours(env), plain(env, seeded)
+    ours(env), plain(env)
     for _ in range(rounds):
-        pairs.append((ours(env), plain(env, seeded)))
+        pairs.append((ours(env), plain(env)))
     return {
         "env_epochs_per_second": n / statistics.median(a for a, _ in pairs),
         "plain_env_epochs_per_second": n / statistics.median(b for _, b in pairs),
@@ -131,7 +110,7 @@ def compare(n: int, rounds: int, seeded: bool) -> dict[str, float]:
 
 def overhead(n: int, epochs: int) -> float:
     """Share of a rollout with its update that is outside the environment (steps and resets) or writes events."""
-    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=epochs, slots=["early", "mid", "late"], n_episodes=n)
+    config = TrainingConfig(task=TASK, n_envs=n, max_epochs=epochs, slots=list(SLOTS), n_episodes=n)
     env = build_env(config)
     policy = build_controller(config, env)
     assert isinstance(policy, RecurrentPolicy)
@@ -189,7 +168,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("bench-cpu.json"))
     given = parser.parse_args()
-    register(given.images)
+    register(TASK, given.images, given.images // 4, 128)
     rows = []
     for n in given.hosts:
         for seeded in (False, True):

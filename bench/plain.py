@@ -1,66 +1,72 @@
-"""The baseline of the benches: hosts as ordinary contiguous `nn.Module`s, trained and validated one after the other."""
+"""The baseline of the benches: grown hosts as the ordinary modules they are exported as, one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDict
 from torch import Tensor, nn
 
+from esper.data.batches import evaluation_batches
+from esper.data.splits import Splits
+from esper.exported import HOSTS, Grown
+from esper.growth.precision import autocast
+from esper.growth.spec import GrowthSpec
 
-class PlainSeed(nn.Module):
-    """The conv_light seed as a module."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(max(1, channels // 16), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.norm(self.conv(x)))
+Trained = tuple[Grown, torch.optim.Optimizer]
+"""A network and what trains it."""
 
 
-class PlainHost(nn.Module):
-    """Three blocks of conv, BatchNorm, ReLU and pooling with, optionally, a fully blended seed behind the second."""
+def networks(spec: GrowthSpec, records: TensorDict, device: torch.device) -> list[Trained]:
+    """A fresh network for every row of slot records `[N, S]`, with its seeds."""
+    # What one gets without asking; ours are not allowed it.
+    torch.backends.cudnn.allow_tf32 = True
+    found = []
+    for row in records["blueprint"].tolist():
+        grafts = [
+            {
+                "after": site.boundary,
+                "blueprint": spec.blueprints[b],
+                "channels": site.channels,
+                "gated": False,
+                "foreign": None,
+            }
+            for b, site in zip(row, spec.sites, strict=True)
+            if b >= 0
+        ]
+        net = HOSTS[spec.host.topology](**asdict(spec.host), grafts=grafts).to(device)
+        found.append((net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)))
+    return found
 
-    def __init__(self, in_channels: int, classes: int, base: int, seeded: bool) -> None:
-        super().__init__()
-        widths = [in_channels, base, 2 * base, 4 * base]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
-        self.seed = PlainSeed(widths[2]) if seeded else None
-        self.head = nn.Linear(widths[3], classes)
 
-    def forward(self, x: Tensor, with_seed: bool = True) -> Tensor:
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
-            if i == 1 and self.seed is not None and with_seed:
-                x = self.seed(x)
-        return self.head(x.mean(dim=(2, 3)))
+def step(host: Trained, x: Tensor, y: Tensor, amp: str = "off") -> None:
+    """One training step on a batch."""
+    net, optimiser = host
+    optimiser.zero_grad(set_to_none=True)
+    with autocast(amp, x.device):
+        loss = F.cross_entropy(net(x).float().flatten(0, -2), y.flatten())
+    loss.backward()
+    optimiser.step()
 
 
-def epoch(
-    hosts: list[PlainHost],
-    optimisers: list[torch.optim.Optimizer],
-    batches: list[Iterator[tuple[Tensor, Tensor]]],
-    validation: list[tuple[Tensor, Tensor]],
-) -> list[int]:
-    """Train every host on its batches, then count its right answers, with and without its seed if it has one."""
-    for host, optimiser, stream in zip(hosts, optimisers, batches, strict=True):
-        host.train()
-        for x, y in stream:
-            optimiser.zero_grad(set_to_none=True)
-            F.cross_entropy(host(x), y).backward()
-            optimiser.step()
-    right = []
-    with torch.no_grad():
-        for host in hosts:
-            host.eval()
-            count = 0
-            for x, y in validation:
-                for with_seed in (True, False) if host.seed is not None else (True,):
-                    count += int((host(x, with_seed).argmax(1) == y).sum())
-            right.append(count)
-    return right
+def train(hosts: Sequence[Trained], splits: Splits, batch: int, amp: str = "off") -> None:
+    """Train every host for an epoch, in an order of its own."""
+    data = splits.train
+    for host in hosts:
+        order = torch.randperm(len(data), device=splits.device)
+        for part in order[: len(data) // batch * batch].split(batch):
+            step(host, splits.prepare(data.inputs[part], torch.float32), data.targets[part].to(torch.int64), amp)
+
+
+def validate(nets: Sequence[nn.Module], splits: Splits, amp: str = "off") -> list[int]:
+    """Right answers of every network on the validation split."""
+    batches, right = list(evaluation_batches(splits, splits.validation, 512)), []
+    for net in nets:
+        net.eval()
+        with torch.no_grad(), autocast(amp, splits.device):
+            right.append(torch.stack([(net(x).argmax(-1) == y).sum() for x, y in batches]).sum())
+        net.train()
+    return torch.stack(right).tolist()

@@ -1,172 +1,201 @@
-"""How fast whole runs are: training, coalitions, lifecycle, controller, learner and telemetry together.
+"""Whole runs, measured: training, coalitions, lifecycle, controller, learner, events and checkpoints together.
 
-    python bench/whole.py                                     # synthetic task (base-8 host), N = 32 and 256, one GPU
-    python bench/whole.py --devices cuda:0 cuda:1 --hosts 128
-    python bench/whole.py --task digits --hosts 512 --rollouts 4
-    python bench/whole.py --smoke                             # seconds, on a CPU
-
-Every line is one ordinary run, `esper.run.train` with its event log and checkpoints, of `--rollouts` rollouts with the
-PPO controller. The first rollout warms up: programs are recorded until they have room for every plan. The rest is
-measured: medians of epochs; shares of wall time; recordings; how full the slots were; load and memory of the first GPU.
+A run is an ordinary one, `esper.run.train` with the PPO controller, but held in a steady state: its hosts begin with
+blended seeds in half of their slots, and the masks allow only the op that keeps them there. Every host has two seeds
+and one seed in turn, for `SWAP` epochs each and not all at once, so every epoch has other plans; kinds come in turn.
+Where to plant or cull, and how to blend, is left to the policy, which learns as ever.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import argparse
-import json
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
 
+from esper import engine
 from esper.config import TrainingConfig
+from esper.control.policy import RecurrentPolicy
+from esper.data.batches import SharedBatchIterator
+from esper.environment.env import GrowthEnv
 from esper.events import EventLog
 from esper.growth import step
-from esper.growth.executors.captured import CapturedExecutor
+from esper.growth.state import fresh_growth
+from esper.learn.learner import Learner
 from esper.run import train
+from esper.seeds.actions import Op
+from esper.seeds.gates import in_stage
+from esper.seeds.stages import BLENDED, OCCUPIED
+from grown import filled
+
+SWAP = 6
+MEASURED, AT_MOST = 2, 8
+"""Rollouts measured, and those after which a run ends although it still records programs."""
+
+PARTS = (
+    (step, "train", "training"),
+    (step, "evaluate", "scoring"),
+    (RecurrentPolicy, "forward", "controller"),
+    (Learner, "learn", "update"),
+    (engine, "record_step", "events"),
+)
+
+
+class Done(Exception):
+    """Enough was measured."""
 
 
 class Clock:
-    """Progress and observer of a run that notes when epochs end and what they were spent on."""
+    """Progress and observer of a run: when epochs and rollouts ended, what they were spent on, how full slots were.
+
+    Ends the run after `MEASURED` rollouts without a recording. `data` is seconds an epoch, of the batches alone.
+    """
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.spent: dict[str, list[tuple[float, float]]] = {"train": [], "evaluate": []}
-        self.filled: list[float] = []
-        self.learned: list[float] = []
+        self.epochs: list[float] = []
+        self.rollouts: list[float] = []
         self.recorded: list[int] = []
+        self.spent: dict[str, list[tuple[float, float]]] = {part: [] for _, _, part in PARTS}
+        self.filled: list[float] = []
+        self.live: list[float] = []
+        self.accuracy: list[float] = []
         self.executors: set[Any] = set()
+        self.data = 0.0
 
-    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = call(*args, **kwargs)
-            self.spent[name].append((start, time.perf_counter() - start))
-            shards = args[1] if name == "train" else args[0]
-            self.executors.update(s.executor for s in shards)
+            self.spent[part].append((start, time.perf_counter() - start))
+            if part == "training" and len(self.spent[part]) == 2:
+                self.executors, self.data = {shard.executor for shard in args[1]}, data_seconds(*args)
             return result
 
         return run
 
     def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
-        self.ends.append(time.perf_counter())
-        self.recorded.append(sum(e.recorded for e in self.executors if isinstance(e, CapturedExecutor)))
+        self.epochs.append(time.perf_counter())
+        self.accuracy.append(statistics.mean(accuracies))
 
     def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
-        self.learned.append(time.perf_counter())
+        self.rollouts.append(time.perf_counter())
+        self.recorded.append(sum(getattr(executor, "recorded", 0) for executor in self.executors))
+        if len(self.recorded) > MEASURED and self.recorded[-1] == self.recorded[-1 - MEASURED]:
+            raise Done
 
-    def watch(self, result: Any) -> None:
-        self.filled.append(float((result["lived", "blueprint"] >= 0).double().mean()))
+    def watch(self, result: TensorDict) -> None:
+        self.filled.append(float(in_stage(result["lived"], OCCUPIED).double().mean()))
+        self.live.append(float(in_stage(result["lived"], BLENDED).double().mean()))
 
 
-def busy(stop: threading.Event, found: list[int]) -> None:
-    while not stop.wait(0.05):
-        found.append(torch.cuda.utilization())
+def data_seconds(spec: Any, shards: Any, settings: Any, growth: Any, plans: Any, epoch: int) -> float:
+    """Seconds that the batches of an epoch of training take alone."""
+    for shard in shards:
+        wait(shard.device)
+    start = time.perf_counter()
+    keys = [g["key"] for g in growth]
+    for batch in SharedBatchIterator(
+        [s.splits for s in shards], keys, settings.batch_size, epoch, dtype=settings.dtype
+    ):
+        del batch
+    for shard in shards:
+        wait(shard.device)
+    return time.perf_counter() - start
 
 
-def measure(config: TrainingConfig, warm: int) -> dict[str, Any]:
-    """One run; the first `warm` rollouts do not count."""
-    clock = Clock()
-    originals = step.train, step.evaluate
-    step.train, step.evaluate = clock.wrap("train", step.train), clock.wrap("evaluate", step.evaluate)
-    stop, load = threading.Event(), []
-    cuda = config.devices[0].startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        threading.Thread(target=busy, args=(stop, load), daemon=True).start()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = Path(folder) / "run"
-            with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events:
-                fields = config.to_train_kwargs()
-                summary = train(run_dir=run_dir, events=events, progress=clock, watch=clock.watch, **fields)
-    finally:
-        stop.set()
-        step.train, step.evaluate = originals
-    rollouts = len(clock.learned)
-    t = len(clock.ends) // rollouts
-    first = warm * t
-    wall = clock.learned[-1] - clock.learned[warm - 1]
-    starts = [clock.learned[i // t - 1] if i % t == 0 else clock.ends[i - 1] for i in range(first, len(clock.ends))]
-    epochs = [end - start for end, start in zip(clock.ends[first:], starts, strict=True)]
-    # An episode's first epoch includes the making of fresh hosts and their first scoring.
-    inner = [e for i, e in enumerate(epochs) if i % t]
-    began, ended = clock.learned[warm - 1], clock.learned[-1]
-    trained, scored = (
-        sum(seconds for start, seconds in clock.spent[name] if began <= start < ended) for name in ("train", "evaluate")
+def wait(device: torch.device) -> None:
+    """Until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def held(observe: Callable[..., TensorDict]) -> Callable[..., TensorDict]:
+    """What an environment observes, with masks that keep half of its slots filled."""
+
+    def run(env: GrowthEnv, state: TensorDict, is_init: Tensor) -> TensorDict:
+        observed, records = observe(env, state, is_init), env.records()
+        host = torch.arange(len(records))
+        turn = (int(state["epoch"]) + host // 2 % SWAP) // SWAP
+        missing = 2 - (host + turn) % 2 - in_stage(records, OCCUPIED).sum(1)
+        op = torch.where(missing > 0, Op.GERMINATE, torch.where(missing < 0, Op.CULL, Op.WAIT))
+        allowed = observed["mask_op"].cpu() & F.one_hot(op, len(Op)).bool()
+        allowed[:, Op.WAIT] |= ~allowed.any(1)
+        mask = observed["mask_blueprint"]
+        kind = (host + records["planted"].sum(1)) % len(env.spec.blueprints)
+        observed["mask_op"] = allowed.to(mask.device)
+        observed["mask_blueprint"] = F.one_hot(kind, mask.shape[1]).bool().to(mask.device)
+        return observed
+
+    return run
+
+
+def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str], epochs: int) -> None:
+    """Fill `row` with what one run of `n` hosts and `epochs` epochs an episode shows."""
+    config = TrainingConfig(
+        task=task,
+        slots=["early", "mid", "late"],
+        n_envs=n,
+        n_episodes=n * AT_MOST,
+        max_epochs=epochs,
+        devices=devices,
+        amp=amp,
+        gates="permissive",
     )
-    return {
-        "hosts": config.n_envs,
-        "amp": config.amp,
-        "devices": list(config.devices),
-        "epoch_seconds": statistics.median(inner),
-        "p95_over_p50": sorted(inner)[int(0.95 * (len(inner) - 1))] / statistics.median(inner),
-        "env_epochs_per_second": config.n_envs * len(epochs) / wall,
-        "share": {"train": trained / wall, "evaluate": scored / wall, "rest": 1.0 - (trained + scored) / wall},
-        "filled": statistics.mean(clock.filled[first:]),
+    clock, stop, load = Clock(), threading.Event(), []
+    cuda = devices[0].startswith("cuda")
+
+    def sample() -> None:
+        while not stop.wait(0.05):
+            load.append((time.perf_counter(), statistics.mean(torch.cuda.utilization(d) for d in devices)))
+
+    def start(spec: Any, *args: Any) -> TensorDict:
+        return filled(spec, fresh_growth(spec, *args), "half")
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for owner, name, part in PARTS:
+            stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+        stack.enter_context(patch.object(step, "fresh_growth", start))
+        stack.enter_context(patch.object(GrowthEnv, "_observe", held(GrowthEnv._observe)))
+        stack.callback(stop.set)
+        if cuda:
+            threading.Thread(target=sample, daemon=True).start()
+        events = stack.enter_context(EventLog(folder / "run", config.to_dict(), config.telemetry_level))
+        with suppress(Done):
+            train(run_dir=folder / "run", events=events, progress=clock, watch=clock.watch, **config.to_train_kwargs())
+    began, ended = clock.rollouts[-1 - MEASURED], clock.rollouts[-1]
+    wall, count = ended - began, MEASURED * epochs
+    # The first epoch of a rollout includes the making of fresh hosts and what was learned from the rollout before.
+    within = [b - a for i, (a, b) in enumerate(zip(clock.epochs, clock.epochs[1:], strict=False), 1) if i % epochs]
+    within = sorted(within[-MEASURED * (epochs - 1) :])
+    spent = {part: sum(seconds for at, seconds in spans if began <= at < ended) for part, spans in clock.spent.items()}
+    spent["data"] = clock.data * count
+    spent["training"] -= spent["data"]
+    share = {part: seconds / wall for part, seconds in spent.items()}
+    share["lifecycle and rest"] = 1.0 - sum(share.values())
+    row |= {
+        "epoch_ms": 1e3 * statistics.median(within),
+        "p95_over_p50": within[int(0.95 * (len(within) - 1))] / statistics.median(within),
+        "env_epochs_per_second": n * count / wall,
+        "share": share,
+        "filled": statistics.mean(clock.filled[-count:]),
+        "live": statistics.mean(clock.live[-count:]),
+        "rollouts": len(clock.rollouts),
         "recorded": clock.recorded[-1],
-        "recorded_after_warm": clock.recorded[-1] - clock.recorded[first - 1],
-        "busy_percent": statistics.mean(load[len(load) // 2 :]) if load else None,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
-        "accuracy": summary["validation_accuracy"],
+        "recorded_after_warm_up": clock.recorded[-1] - clock.recorded[-1 - MEASURED],
+        "accuracy": clock.accuracy[-1],
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="synthetic")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--amp", nargs="+", default=["off", "bf16"])
-    parser.add_argument("--devices", nargs="+", default=None)
-    parser.add_argument("--rollouts", type=int, default=3, help="at least 2; the first does not count")
-    parser.add_argument("--epochs", type=int, default=None, help="epochs of an episode (default: the task's)")
-    parser.add_argument("--fields", type=json.loads, default={}, help="further configuration fields, as JSON")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("bench-whole.json"))
-    given = parser.parse_args()
-    if given.rollouts < 2:
-        parser.error(f"--rollouts: {given.rollouts}; must be at least 2, of which the first does not count")
-    devices = given.devices or ["cuda:0" if torch.cuda.is_available() else "cpu"]
-    if given.smoke:
-        given.task, given.hosts, given.amp, given.rollouts, given.epochs = "digits", [2], ["off"], 2, 2
-        given.fields = {"train_samples": 128, "gates": "permissive", "lstm_hidden_dim": 16}
-    name = torch.cuda.get_device_name() if devices[0].startswith("cuda") else "CPU"
-    print(f"{name} x{len(devices)}, torch {torch.__version__}", flush=True)
-    rows = []
-    for n in given.hosts:
-        for amp in given.amp:
-            config = TrainingConfig(
-                task=given.task,
-                slots=["early", "mid", "late"],
-                n_envs=n,
-                n_episodes=n * given.rollouts,
-                devices=devices,
-                device=devices[0] if len(devices) > 1 else "cpu",
-                amp=amp,
-                max_epochs=given.epochs,
-                **given.fields,
-            )
-            row = measure(config, 1)
-            rows.append(row)
-            share = ", ".join(f"{part} {100 * value:.1f} %" for part, value in row["share"].items())
-            print(
-                f"N={n:3d} {amp:4s}: {1e3 * row['epoch_seconds']:.1f} ms an epoch (p95/p50 {row['p95_over_p50']:.2f}), "
-                f"{row['env_epochs_per_second']:.1f} env-epochs/s; {share}; slots {100 * row['filled']:.0f} % full, "
-                f"{row['recorded']} recordings, {row['recorded_after_warm']} after warm-up; "
-                f"busy {row['busy_percent']} %, peak {row['peak_gb']} GB",
-                flush=True,
-            )
-    given.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    if cuda:
+        row["busy_percent"] = statistics.mean(percent for at, percent in load if began <= at < ended)

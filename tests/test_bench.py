@@ -1,0 +1,104 @@
+"""`bench/gpu.py` at a size for a CPU: every section gives its rows, and a row that fails loses no other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpu
+import plain
+from esper.data.batches import evaluation_batches
+from esper.growth.executors import coalitions
+from esper.growth.executors.stacked import StackedExecutor
+from esper.growth.plan import make_plan
+from esper.seeds.blueprints import registry
+from grown import make_growth, make_spec
+
+CPU = torch.device("cpu")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--amp", "off", "--out", str(out), *arguments])
+    gpu.main()
+    return json.loads(out.read_text())["rows"]
+
+
+def test_every_section_gives_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = run(monkeypatch, tmp_path / "bench.json", "--models", "base8")
+    assert [row["section"] for row in rows] == [
+        "floor",
+        *["check"] * 3,
+        *["steps"] * 2,
+        "coalitions",
+        "whole",
+        "scaling",
+        "profile",
+    ]
+    assert (tmp_path / "bench.png").exists()
+    found = {row["section"]: row for row in rows}
+    assert found["steps"]["ratio"] == found["steps"]["images_per_second"] / found["steps"]["plain_images_per_second"]
+    assert found["coalitions"]["eight_ms"] > found["coalitions"]["one_ms"]
+    for measured in (found["whole"], found["scaling"]["on_1"], found["scaling"]["on_2"]):
+        assert measured["recorded_after_warm_up"] == 0
+        assert measured["filled"] == 0.5
+        assert sum(measured["share"].values()) == pytest.approx(1.0)
+        assert all(share > 0.0 for share in measured["share"].values())
+    assert found["profile"]["ms"] == pytest.approx(sum(found["profile"]["group_ms"].values()))
+
+
+def test_language_hosts_are_timed_with_their_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = run(monkeypatch, tmp_path / "bench.json", "--only", "steps", "--models", "transformer")
+    assert [row["cells"] for row in rows] == ["none", "half"]
+    assert all(row["ratio"] > 0.0 for row in rows)
+
+
+def test_a_row_that_fails_loses_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, asked = tmp_path / "bench.json", []
+
+    def fails(bench: gpu.Bench, row: gpu.Row) -> None:
+        asked.append(row["section"])
+        row["before"] = 1
+        raise ValueError("no memory")
+
+    monkeypatch.setitem(gpu.SECTIONS, "profile", (fails, ()))
+    with pytest.raises(SystemExit, match="1 of 2 rows failed"):
+        run(monkeypatch, out, "--only", "profile", "floor")
+    first, second = json.loads(out.read_text())["rows"]
+    assert (first["before"], first["error"]) == (1, "ValueError: no memory")
+    assert second["bytes_fp32"] > 0
+    with pytest.raises(SystemExit):
+        run(monkeypatch, out, "--only", "profile", "floor", "--resume")
+    assert asked == ["profile"]
+    assert run(monkeypatch, out, "--only", "floor", "--budget", "-1") == []
+
+
+@pytest.mark.parametrize("host", ["base8", "transformer"])
+def test_plain_networks_have_what_the_hosts_have(host: str) -> None:
+    spec = make_spec(gpu.HOSTS[host])
+    records = make_growth(spec, 4, "half")["slots"]
+    for (net, _), row in zip(plain.networks(spec, records, CPU), records["blueprint"].tolist(), strict=True):
+        seeds = [
+            registry.parameter_count(spec.kinds[b], site.channels)
+            for b, site in zip(row, spec.sites, strict=True)
+            if b >= 0
+        ]
+        assert len(seeds) in (1, 2)
+        assert sum(p.numel() for p in net.parameters()) == spec.host_parameters + sum(seeds)
+
+
+def test_one_pass_scores_what_the_tree_scores_with_all_seeds() -> None:
+    spec = make_spec(gpu.HOSTS["base8"])
+    growth = make_growth(spec, 3, "all")
+    x, y = next(evaluation_batches(splits := gpu.Bench(CPU, True, 1).splits, splits.validation, 6))
+    executor = StackedExecutor(spec, CPU)
+    carry = executor.begin_evaluation(growth, make_plan(growth["slots"], spec), None)
+    targets = y.expand(3, *y.shape)
+    right, _, loss = coalitions.score(spec, carry, x, targets)
+    once, _, one_loss = gpu.score_once(spec, carry, x, targets)
+    torch.testing.assert_close(one_loss, loss)
+    assert torch.equal(once[:3], right[carry.tree.leaf[:, -1]])

@@ -74,7 +74,7 @@ class Size:
     resolution: float = 3.0
 
 
-FULL = {"cnn": Size(3, 1024, 64), "transformer": Size(3, 512, 32)}
+FULL = {"cnn": Size(3, 1024, 64), "transformer": Size(3, 2048, 16)}
 SMALL = {"cnn": Size(2, 128, 32, (2,), 6.0, 12.0), "transformer": Size(1, 32, 16, (2,), 6.0, 12.0)}
 
 

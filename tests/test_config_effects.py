@@ -73,6 +73,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "entropy_coef_min": (0.02, {}),
     "entropy_anneal_episodes": (80, ANNEALED),
     "entropy_weights": ({"op": 2.0}, {}),
+    "initial_patience": (3.0, {}),
     "probability_floor": ({"op": 0.1}, {}),
     "plateau_threshold": (0.1, {}),
     "improvement_threshold": (7.0, {}),
@@ -122,6 +123,7 @@ def built(config: TrainingConfig) -> dict[str, str]:
         learner = build_learner(config, controller)
         shapes = {name: tuple(p.shape) for name, p in controller.named_parameters()}
         parts |= {"policy": shapes, "floors": controller.floors, "learner": learner.settings}
+        parts["first biases"] = controller.heads["op"][-1].bias.tolist()
         parts["lr"] = [group["lr"] for group in learner.optimizer.param_groups]
     else:
         observation = env.reset()

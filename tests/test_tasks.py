@@ -54,6 +54,7 @@ def test_looking_a_task_up_loads_neither_torch_nor_data():
 PARAMETERS = {
     "digits": 496,
     "digits_wide": 1_702,
+    "digits_narrow": 163,
     "digits_deep": 1_760,
     "mnist": 496,
     "cifar10": 6_418,

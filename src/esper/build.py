@@ -240,7 +240,9 @@ def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy 
         case "ppo":
             floors = [getattr(config.probability_floor, head) for head in HEADS]
             width = env.settings.observation.width
-            policy = RecurrentPolicy(width, config.lstm_hidden_dim, seed=config.seed, floors=floors)
+            policy = RecurrentPolicy(
+                width, config.lstm_hidden_dim, seed=config.seed, floors=floors, patience=config.initial_patience
+            )
             return policy.to(config.device)
         case "heuristic":
             return ScriptedPolicy(heuristic(HeuristicSettings(max_epochs)))

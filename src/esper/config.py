@@ -32,6 +32,7 @@ and less often as it learns what planting costs; the floors keep these heads fro
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"task": "digits", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
     "digits_wide": {"task": "digits_wide", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
+    "digits_narrow": {"task": "digits_narrow", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
     "digits_deep": {"task": "digits_deep", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
     "synthetic": {"task": "synthetic", "slots": _ALL_SLOTS},
     "mnist": {"task": "mnist", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},

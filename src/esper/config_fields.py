@@ -231,6 +231,8 @@ class Fields(BaseModel):
     """Episodes over which the weight moves from start to end; 0 keeps it at entropy_coef."""
     entropy_weights: HeadWeights = HeadWeights()
     """Weights of the heads within the entropy bonus."""
+    initial_patience: NotNegative = 0.0
+    """An untrained policy waits, or keeps a seed that may be kept, exp(this) times as often as it plants or culls."""
     probability_floor: HeadFloors = HeadFloors()
     """Least probability of every legal choice of a head, while collecting and while learning."""
 

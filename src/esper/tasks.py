@@ -193,6 +193,11 @@ MNIST = register_task(
 DIGITS_WIDE = register_task(replace(DIGITS, name="digits_wide", host=_cnn(1, base_channels=4, pool_layers=2)))
 """1,702 parameters: twice the channels."""
 
+DIGITS_NARROW = register_task(
+    replace(DIGITS, name="digits_narrow", host=_cnn(1, base_channels=1, pool_layers=2), host_lr=0.7, seed_lr=0.7)
+)
+"""163 parameters, too few for the digits: half the channels."""
+
 DIGITS_DEEP = register_task(
     replace(DIGITS, name="digits_deep", host=_cnn(1, base_channels=2, n_blocks=4, pool_layers=2))
 )

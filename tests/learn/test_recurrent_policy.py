@@ -11,7 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from esper.control.policy import RecurrentPolicy
 from esper.keys import host_keys, root
 from esper.learn.normalizers import running_mean_std, update
-from esper.seeds.actions import OP
+from esper.seeds.actions import OP, Op
 from learn.learning_tasks import MASKS, Memory, collect
 
 FEATURES, HIDDEN = 7, 16
@@ -51,6 +51,14 @@ def test_initial_weights_are_keyed_and_leave_the_global_generator_alone():
     for name, weight in first.named_parameters():
         assert torch.equal(weight, again.get_parameter(name))
     assert not torch.equal(first.memory.weight_hh, other.memory.weight_hh)
+
+
+def test_a_patient_policy_first_waits_and_keeps_more_often():
+    policy = RecurrentPolicy(FEATURES, HIDDEN, patience=3.0)
+    batch = step_input(4, policy).unsqueeze(1)
+    logits = policy.unroll(batch)[0][:, 0, OP, : len(Op)]
+    preferred = logits[:, [Op.WAIT, Op.FOSSILIZE]] - logits[:, [Op.GERMINATE, Op.CULL]]
+    torch.testing.assert_close(preferred, torch.full_like(preferred, 3.0), rtol=0, atol=0.2)
 
 
 def test_initial_weights_are_orthogonal_with_the_stated_gains():

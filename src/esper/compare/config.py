@@ -39,6 +39,7 @@ LEARNING = (
     "entropy_coef_min",
     "entropy_anneal_episodes",
     "entropy_weights",
+    "initial_patience",
     "probability_floor",
 )
 """Fields in which a controller's training may differ from the shared ones: none changes what a host does."""

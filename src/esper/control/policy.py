@@ -21,7 +21,7 @@ from esper.control.distributions import MAX_WIDTH, WIDTHS, ActionMasks, Factored
 from esper.control.normalization import RunningMeanStd, normalize, running_mean_std
 from esper.control.recurrence import Recurrence
 from esper.keys import uniform
-from esper.seeds.actions import HEADS
+from esper.seeds.actions import HEADS, Op
 
 HEAD_HIDDEN = 64
 MASK_KEYS = ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")
@@ -44,9 +44,18 @@ class RecurrentPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, observation_dim: int, hidden_dim: int = 128, *, seed: int = 0, floors: Sequence[float] = (0.0,) * 4
+        self,
+        observation_dim: int,
+        hidden_dim: int = 128,
+        *,
+        seed: int = 0,
+        floors: Sequence[float] = (0.0,) * 4,
+        patience: float = 0.0,
     ) -> None:
         """Weights are drawn from a generator seeded with `seed`; the global generator is left alone.
+
+        Before it has learned anything, WAIT and FOSSILIZE are each `exp(patience)` times as likely as GERMINATE and
+        CULL: a seed can only be judged if what was planted is mostly left to grow and kept.
 
         `floors` is the least probability of every legal entry of each head, in the order of `HEADS`, in the rollout and
         in the update alike. Raises ValueError for one outside 0 <= floor < 1 / (entries of the head).
@@ -69,6 +78,8 @@ class RecurrentPolicy(TensorDictModuleBase):
             {name: _head(hidden_dim, width, 0.01, generator) for name, width in zip(HEADS, WIDTHS, strict=True)}
         )
         self.value = _head(hidden_dim, 1, 1.0, generator)
+        with torch.no_grad():
+            self.get_parameter("heads.op.2.bias")[[Op.WAIT, Op.FOSSILIZE]] = patience
         for name, tensor in running_mean_std(observation_dim).items():
             self.register_buffer(f"observation_{name}", tensor)
 

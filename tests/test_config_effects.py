@@ -73,6 +73,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "entropy_coef_min": (0.02, {}),
     "entropy_anneal_episodes": (80, ANNEALED),
     "entropy_weights": ({"op": 2.0}, {}),
+    "episode_end": ("terminal", {}),
     "initial_patience": (3.0, {}),
     "probability_floor": ({"op": 0.1}, {}),
     "plateau_threshold": (0.1, {}),

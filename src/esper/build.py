@@ -218,6 +218,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
         ),
         tracker=SignalTracker(),
         twins=config.reward_baseline == "twin",
+        terminal_end=config.episode_end == "terminal",
         reward=RewardSettings(
             family=config.reward_family,
             mode=config.reward_mode,

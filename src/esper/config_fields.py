@@ -203,6 +203,9 @@ class Fields(BaseModel):
     """Learning rate of the policy."""
     clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Probability ratios beyond 1 plus or minus this earn nothing more."""
+    episode_end: Literal["truncated", "terminal"] = "truncated"
+    """What follows the last epoch: a state of some value that the policy estimates, or nothing. A truncated end can
+    teach a policy not to grow (`docs/learning.md`)."""
     gamma: Share = 0.995
     """Discount per epoch, for returns and for reward shaping alike."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.97

@@ -134,9 +134,13 @@ class EventLog:
         """Append one event. Raises ValueError for a type that the table of events lacks."""
         if kind not in EVENTS:
             raise ValueError(f"event type: {kind!r}; must be one of {', '.join(EVENTS)}")
-        stream = self._open()[0]
+        stream, step = self._open()[0], self.step
+        self.step += 1
+        written = LEVELS.index(EVENTS[kind].level) <= LEVELS.index(self.level)
+        if not written and not self.listeners:
+            return
         event = {
-            "step": self.step,
+            "step": step,
             "type": kind,
             "episode": episode,
             "epoch": epoch,
@@ -145,10 +149,9 @@ class EventLog:
             "severity": severity or EVENTS[kind].severity,
             "data": standard(data),
         }
-        self.step += 1
         for listen in self.listeners:
             listen(event)
-        if LEVELS.index(EVENTS[kind].level) <= LEVELS.index(self.level):
+        if written:
             stream.write(json.dumps(event, allow_nan=False) + "\n")
 
     def time(self, phase: str, seconds: float, /, **data: Any) -> None:

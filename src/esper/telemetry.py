@@ -22,9 +22,9 @@ from esper.seeds.stages import BLENDS, OCCUPIED, Stage
 def record_step(log: EventLog, result: TensorDict, spec: GrowthSpec, episode: int, epoch: int) -> None:
     """Write the events of one step of all hosts; `result` is what `GrowthEnv` hands its observer, `epoch` the number of
     epochs trained before the step."""
-    facts = _lists(result)
-    for host in range(result.batch_size[0]):
-        _record_host(log, _of_host(facts, host), spec, {"episode": episode, "host": host}, epoch)
+    facts, eventful = _lists(result), _eventful(result).tolist()
+    for i, slots in enumerate(eventful):
+        _record_host(log, facts, i, slots, spec, {"episode": episode, "host": i}, epoch)
 
 
 Facts = dict[str, Any]
@@ -35,98 +35,128 @@ def _lists(value: TensorDict) -> Facts:
     return {name: part.tolist() if isinstance(part, torch.Tensor) else _lists(part) for name, part in value.items()}
 
 
-def _of_host(facts: Facts, host: int) -> Facts:
-    return {name: _of_host(part, host) if isinstance(part, dict) else part[host] for name, part in facts.items()}
+def _eventful(result: TensorDict) -> torch.Tensor:
+    """Slots `[N, S]` to which something happened: most are left alone in most epochs, and need not be looked at."""
+    outcome, stages = result["outcome"], [result[name, "stage"] for name in ("before", "lived", "after")]
+    done = outcome["germinated"] | outcome["culled"] | outcome["fossilized"] | outcome["auto_culled"]
+    moved = (stages[0] != stages[1]) | (stages[1] != stages[2])
+    eventful: torch.Tensor = done | moved | result["governor", "dropped"]
+    return eventful
 
 
-def _record_host(log: EventLog, facts: Facts, spec: GrowthSpec, place: Mapping[str, Any], epoch: int) -> None:
+def _record_host(
+    log: EventLog,
+    facts: Facts,
+    i: int,
+    eventful: list[bool],
+    spec: GrowthSpec,
+    place: Mapping[str, Any],
+    epoch: int,
+) -> None:
     lived, outcome, metrics = facts["lived"], facts["outcome"], facts["metrics"]
-    op = Op(outcome["op"]).name
-    if not outcome["success"]:
-        slot = LAYOUT[facts["action"][SLOT]]
+    op = _OPS[outcome["op"][i]]
+    if not outcome["success"][i]:
+        slot = LAYOUT[facts["action"][i][SLOT]]
         log.write("refused", epoch=epoch, slot=slot, op=op, reason="not possible in this slot now", **place)
-    if facts["replaced"]:
+    if facts["replaced"][i]:
         log.write("host_restarted", epoch=epoch, restored_epoch=epoch, **place)
-    if facts["panic"]:
+    if facts["panic"][i]:
         governor = facts["governor"]
         log.write(
             "governor_rollback",
             epoch=epoch + 1,
-            reason=Reason(governor["reason"]).name.lower(),
-            loss=governor["loss"],
-            threshold=governor["threshold"],
-            restored_epoch=governor["restored_epoch"],
+            reason=Reason(governor["reason"][i]).name.lower(),
+            loss=governor["loss"][i],
+            threshold=governor["threshold"][i],
+            restored_epoch=governor["restored_epoch"][i],
             **place,
         )
     for j, slot in enumerate(spec.slots):
         here = {**place, "slot": slot}
-        _record_action(log, facts, j, spec, epoch, here)
-        _record_clock(log, facts, j, spec, epoch + 1, here)
-        if lived["contribution_age"][j] == 0:
-            measured: Facts = {name: lived[name][j] for name in ("contribution", "contribution_se", "alpha")}
+        if eventful[j]:
+            _record_action(log, facts, (i, j), spec, epoch, here)
+            _record_clock(log, facts, (i, j), spec, epoch + 1, here)
+        if lived["contribution_age"][i][j] == 0:
+            measured: Facts = {name: lived[name][i][j] for name in ("contribution", "contribution_se", "alpha")}
             log.write("contribution", epoch=epoch + 1, **measured, **here)
     log.write(
         "epoch",
         epoch=epoch + 1,
-        train_loss=metrics["train_loss"],
-        train_accuracy=metrics["train_accuracy"],
-        validation_loss=metrics["val_loss"],
-        validation_accuracy=metrics["val_accuracy"],
+        train_loss=metrics["train_loss"][i],
+        train_accuracy=metrics["train_accuracy"][i],
+        validation_loss=metrics["val_loss"][i],
+        validation_accuracy=metrics["val_accuracy"][i],
         **place,
     )
-    if facts["stabilized"]:
-        log.write("stabilized", epoch=epoch + 1, validation_loss=metrics["val_loss"], **place)
-    log.write("reward", epoch=epoch + 1, op=op, **facts["components"], **place)
+    if facts["stabilized"][i]:
+        log.write("stabilized", epoch=epoch + 1, validation_loss=metrics["val_loss"][i], **place)
+    components = {name: column[i] for name, column in facts["components"].items()}
+    log.write("reward", epoch=epoch + 1, op=op, **components, **place)
 
 
-def _record_action(log: EventLog, facts: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]) -> None:
-    """What the controller did to slot `j` before the epoch."""
-    before, lived, outcome = facts["before"], facts["lived"], facts["outcome"]
-    if outcome["germinated"][j]:
+_OPS = [op.name for op in Op]
+
+
+def _record_action(
+    log: EventLog, facts: Facts, at: tuple[int, int], spec: GrowthSpec, epoch: int, here: Mapping[str, Any]
+) -> None:
+    """What the controller did to a slot before the epoch; `at` are the numbers of host and slot."""
+    (i, j), before, lived, outcome = at, facts["before"], facts["lived"], facts["outcome"]
+    if outcome["germinated"][i][j]:
         log.write(
             "germinated",
             epoch=epoch,
-            blueprint=spec.blueprints[lived["blueprint"][j]],
-            blend=BLENDS[lived["blend"][j]],
-            parameters=lived["parameters"][j],
+            blueprint=spec.blueprints[lived["blueprint"][i][j]],
+            blend=BLENDS[lived["blend"][i][j]],
+            parameters=lived["parameters"][i][j],
             **here,
         )
-    if outcome["culled"][j]:
-        log.write("culled", epoch=epoch, reason="controller", **_life(before, j, spec), **here)
-    elif outcome["fossilized"][j]:
-        log.write("fossilized", epoch=epoch, parameters=before["parameters"][j], **_life(before, j, spec), **here)
+    if outcome["culled"][i][j]:
+        log.write("culled", epoch=epoch, reason="controller", **_life(before, at, spec), **here)
+    elif outcome["fossilized"][i][j]:
+        log.write("fossilized", epoch=epoch, parameters=before["parameters"][i][j], **_life(before, at, spec), **here)
     else:
-        _stage_change(log, before, lived, j, spec, epoch, here)
+        _stage_change(log, before, lived, at, spec, epoch, here)
 
 
-def _record_clock(log: EventLog, facts: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]) -> None:
-    """What happened by itself to slot `j` after the epoch."""
-    lived, after, outcome = facts["lived"], facts["after"], facts["outcome"]
-    if facts["governor"]["dropped"][j]:
-        log.write("culled", epoch=epoch, reason="rollback", **_life(lived, j, spec), **here)
-    elif outcome["auto_culled"][j]:
-        reason = "negative_contribution" if lived["contribution"][j] <= 0.0 else "probation_timeout"
-        log.write("culled", epoch=epoch, reason=reason, **_life(lived, j, spec), **here)
-    elif not outcome["culled"][j]:
-        _stage_change(log, lived, after, j, spec, epoch, here)
+def _record_clock(
+    log: EventLog, facts: Facts, at: tuple[int, int], spec: GrowthSpec, epoch: int, here: Mapping[str, Any]
+) -> None:
+    """What happened by itself to a slot after the epoch."""
+    (i, j), lived, after, outcome = at, facts["lived"], facts["after"], facts["outcome"]
+    if facts["governor"]["dropped"][i][j]:
+        log.write("culled", epoch=epoch, reason="rollback", **_life(lived, at, spec), **here)
+    elif outcome["auto_culled"][i][j]:
+        reason = "negative_contribution" if lived["contribution"][i][j] <= 0.0 else "probation_timeout"
+        log.write("culled", epoch=epoch, reason=reason, **_life(lived, at, spec), **here)
+    elif not outcome["culled"][i][j]:
+        _stage_change(log, lived, after, at, spec, epoch, here)
 
 
-def _life(records: Facts, j: int, spec: GrowthSpec) -> Facts:
+def _life(records: Facts, at: tuple[int, int], spec: GrowthSpec) -> Facts:
+    i, j = at
     return {
-        "blueprint": spec.blueprints[records["blueprint"][j]],
-        "contribution": records["contribution"][j],
-        "contribution_se": records["contribution_se"][j],
-        "improvement": records["accuracy_current"][j] - records["accuracy_initial"][j],
-        "age": records["age"][j],
+        "blueprint": spec.blueprints[records["blueprint"][i][j]],
+        "contribution": records["contribution"][i][j],
+        "contribution_se": records["contribution_se"][i][j],
+        "improvement": records["accuracy_current"][i][j] - records["accuracy_initial"][i][j],
+        "age": records["age"][i][j],
     }
 
 
 def _stage_change(
-    log: EventLog, old: Facts, new: Facts, j: int, spec: GrowthSpec, epoch: int, here: Mapping[str, Any]
+    log: EventLog,
+    old: Facts,
+    new: Facts,
+    at: tuple[int, int],
+    spec: GrowthSpec,
+    epoch: int,
+    here: Mapping[str, Any],
 ) -> None:
-    was, now = Stage(old["stage"][j]), Stage(new["stage"][j])
+    i, j = at
+    was, now = Stage(old["stage"][i][j]), Stage(new["stage"][i][j])
     if was is not now:
-        blueprint = new["blueprint"][j]
+        blueprint = new["blueprint"][i][j]
         name = spec.blueprints[blueprint] if blueprint >= 0 else None
         log.write("stage_changed", epoch=epoch, before=was.name, after=now.name, blueprint=name, **here)
 
@@ -147,7 +177,7 @@ class RolloutBook:
     def add(self, result: TensorDict) -> None:
         """Take in one step of all hosts."""
         outcome = result["outcome"]
-        self._ops.update(Op(int(op)).name for op in outcome["op"])
+        self._ops.update(_OPS[op] for op in outcome["op"].tolist())
         self._returns = result["reward"] + (0.0 if self._returns is None else self._returns)
         self._planted += int(outcome["germinated"].sum())
         self._culled += int(

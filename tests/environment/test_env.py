@@ -81,6 +81,16 @@ def test_the_last_step_truncates_and_a_new_episode_has_new_hosts() -> None:
     assert not bool((env.growth()[0]["key"] == before).any())
 
 
+def test_a_terminal_end_is_worth_nothing_afterwards() -> None:
+    env = build_env(tiny_config(n_envs=2, max_epochs=2, episode_end="terminal"))
+    env.reset()
+    assert not bool(step(env, [0, 0, 0, 0])["terminated"].any())
+    last = step(env, [0, 0, 0, 0])
+    assert bool(last["terminated"].all())
+    assert bool(last["done"].all())
+    assert not bool(last["truncated"].any())
+
+
 @pytest.mark.parametrize("planted", [0, 3])
 def test_what_was_measured_last_is_what_is_left_behind(planted: int) -> None:
     """A seed whose probation would end with the episode keeps its place, its price and its share of the accuracy."""

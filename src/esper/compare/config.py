@@ -25,6 +25,7 @@ LEARNING = (
     "sparse_reward_scale",
     "lr",
     "clip_ratio",
+    "episode_end",
     "gamma",
     "gae_lambda",
     "ppo_updates_per_batch",

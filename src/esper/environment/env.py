@@ -40,7 +40,8 @@ class EnvSettings:
     `host_lr` and `seed_lr` are the hosts' base learning rates; `seed` is the run seed from which every draw derives.
     The hosts are `copies` times the same hosts one after another, each copy with its own of several `host_lr`.
     Episodes are counted from `first_episode`; hosts of different episodes share nothing but the data. With `twins` what
-    every host would have reached without seeds is known to the reward.
+    every host would have reached without seeds is known to the reward. `terminal_end` says that nothing is worth
+    anything after the last epoch; otherwise an episode is cut off there (truncated), and a learner looks past it.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class EnvSettings:
     reward: RewardSettings
     first_episode: int = 0
     twins: bool = False
+    terminal_end: bool = False
     copies: int = 1
 
 
@@ -60,7 +62,7 @@ class GrowthEnv(EnvBase):
 
     `reset` builds fresh hosts and observes them after one validation pass without training. `step` carries out one
     action per host, trains an epoch, validates all coalitions, ticks the lifecycle, and returns the reward of what
-    happened. After `max_epochs` steps every host is truncated. A host that the governor rolled back ends its segment
+    happened. After `max_epochs` steps every host is done: truncated, or terminated if the settings say so. A host that the governor rolled back ends its segment
     (`terminated`); a partial reset lets the restored host go on as a new segment of the same episode.
     """
 
@@ -178,10 +180,10 @@ class GrowthEnv(EnvBase):
         )
         if last:
             self.finished = self.state
-        panic = result["panic"]
+        terminated = result["panic"] | (last and self.settings.terminal_end)
         observed = self._observe(self.state, torch.zeros(*self.batch_size, 1, dtype=torch.bool))
         observed["reward"] = paid["total"].unsqueeze(-1).to(self.device)
-        observed["terminated"] = panic.unsqueeze(-1).to(self.device)
+        observed["terminated"] = terminated.unsqueeze(-1).to(self.device)
         observed["truncated"] = torch.full_like(observed["terminated"], last) & ~observed["terminated"]
         observed["done"] = observed["terminated"] | observed["truncated"]
         if self.observer is not None:

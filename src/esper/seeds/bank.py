@@ -1,4 +1,4 @@
-"""The seed bank: parameters and moments of every possible seed, two matrices `[N, D]` with a row for each host.
+"""The seed bank: parameters and moments of every possible seed, two matrices `[N, W]` with a row for each host.
 
 Every kind of seed has columns of its own in every slot. Storage covers all of them, computation never does: executors
 fetch what a plan needs. Seeds that do not exist are zero, with zero moments, so that nothing can leak from one seed to
@@ -34,7 +34,7 @@ class Kind:
     shapes: dict[str, Any]
 
     def open(self, rows: Tensor) -> dict[str, Any]:
-        """The seed of this kind in rows `[..., D]` of the bank: a tree of views, every leaf `[..., *shape]`."""
+        """The seed of this kind in rows `[..., W]` of the bank: a tree of views, every leaf `[..., *shape]`."""
         sizes = [shape.numel() for shape in _leaves(self.shapes)]
         parts = iter(rows[..., self.columns].split(sizes, dim=-1))
 
@@ -70,7 +70,7 @@ class BankLayout:
 
     @cached_property
     def width(self) -> int:
-        """D, the numbers in one row."""
+        """W, the numbers in one row."""
         return self.columns(self.slots[-1]).stop
 
     def columns(self, slot: str) -> slice:
@@ -79,7 +79,7 @@ class BankLayout:
         return slice(first.start, last.stop)
 
     def open(self, matrix: Tensor) -> TensorDict:
-        """The whole bank as `{slot: {blueprint: {body, gate}}}`, views of `matrix` `[N, D]`, every leaf `[N, ...]`."""
+        """The whole bank as `{slot: {blueprint: {body, gate}}}`, views of `matrix` `[N, W]`, every leaf `[N, ...]`."""
         tree = {slot: {name: self.kinds[slot, name].open(matrix) for name in self.blueprints} for slot in self.slots}
         return TensorDict(tree, batch_size=matrix.shape[:1])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from esper.growth import optim, precision
 from esper.growth.executors import base
+from esper.growth.executors.packing import pack
 from esper.growth.forward import (
     BATCHNORM_MOMENTUM,
     coalition_logits,
@@ -153,10 +154,10 @@ class LoopExecutor(base.Roomless):
         )
         scales = zip(precision.fresh_scale(self.spec.amp, 1), zip(*(c.scale for c in carry), strict=True), strict=False)
         scale = {name: torch.stack(values) for name, values in scales}
-        return changed(growth, host=host, seeds=self._bank(carry, growth["seeds"]), **scale), _measurements(carry)
+        return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **scale), _measurements(carry)
 
-    def _bank(self, carry: list[_Training], bank: TensorDict) -> TensorDict:
-        """`bank` with the seeds that were trained."""
+    def _banked(self, carry: list[_Training], bank: TensorDict) -> TensorDict:
+        """`bank` with the seeds of all hosts put back."""
         if not any(any(training.plan) for training in carry):
             return bank
         params, moments = bank["params"].clone(), bank["moments"].clone()
@@ -164,8 +165,8 @@ class LoopExecutor(base.Roomless):
             for j, (slot, entry) in enumerate(zip(self.spec.slots, training.plan, strict=True)):
                 if entry is not None:
                     columns = self.spec.bank.kinds[slot, entry.blueprint].columns
-                    params[i, columns] = _flat(leaves(training.seeds[j]))
-                    moments[i, columns] = _flat(training.seed_moments[j])
+                    params[i, columns] = pack(training.seeds[j])
+                    moments[i, columns] = pack(like(training.seeds[j], iter(training.seed_moments[j])))
         return changed(bank, params=params, moments=moments)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> list[_Scoring]:
@@ -222,10 +223,6 @@ def _layout(x: Tensor) -> Tensor:
 def _stack(trees: Sequence[Any]) -> TensorDict:
     stacked = [torch.stack(group).detach() for group in zip(*(leaves(tree) for tree in trees), strict=True)]
     return as_tensordict(like(trees[0], iter(stacked)), [len(trees)])
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _train_host(

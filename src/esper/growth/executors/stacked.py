@@ -184,11 +184,10 @@ class StackedExecutor(base.Roomless):
             },
             batch_size=n,
         )
-        return changed(growth, host=host, seeds=self._bank(carry, growth["seeds"]), **carry.scale), self._measurements(
-            carry
-        )
+        trained = changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **carry.scale)
+        return trained, self._measurements(carry)
 
-    def _bank(self, carry: Training, bank: TensorDict) -> TensorDict:
+    def _banked(self, carry: Training, bank: TensorDict) -> TensorDict:
         """`bank` with the seeds on all taken seats put back."""
         count, n = carry.columns.shape[0], carry.loss.shape[0]
         if count == 0:

@@ -107,7 +107,7 @@ def make_growth(task: Task, spec: GrowthSpec, size: Size) -> TensorDict:
     first = ramp(records["ramp_step"], EPOCHS, records["blend"])
     records["alpha"] = torch.where(records["stage"] == Stage.BLENDING, first, records["alpha"])
     everywhere = torch.ones_like(records["healthy"])
-    seeds = bank.plant(growth["seeds"], spec.host, SLOTS, spec.blueprints, everywhere, records, keys)
+    seeds = bank.plant(growth["seeds"], spec.bank, everywhere, records, keys)
     return changed(growth, slots=records, seeds=seeds)
 
 

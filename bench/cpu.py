@@ -57,10 +57,7 @@ def plant(env: GrowthEnv) -> None:
     records["blend"][:, j], records["alpha"][:, j], records["planted"][:, j] = 0, 1.0, 1
     germinated = torch.zeros_like(records["healthy"])
     germinated[:, j] = True
-    spec = env.spec
-    growth["seeds"] = bank.plant(
-        growth["seeds"], spec.host, spec.slots, spec.blueprints, germinated, records, growth["key"]
-    )
+    growth["seeds"] = bank.plant(growth["seeds"], env.spec.bank, germinated, records, growth["key"])
     growth["slots"] = records
 
 

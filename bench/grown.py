@@ -60,5 +60,5 @@ def filled(spec: GrowthSpec, growth: TensorDict, cells: str) -> TensorDict:
     for name, value in (values | {"planted": 1}).items():
         records[name] = torch.where(here, value, records[name])
     growth["slots"] = records
-    growth["seeds"] = bank.plant(growth["seeds"], spec.host, SLOTS, spec.blueprints, here, records, growth["key"])
+    growth["seeds"] = bank.plant(growth["seeds"], spec.bank, here, records, growth["key"])
     return growth

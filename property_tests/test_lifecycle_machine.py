@@ -17,7 +17,7 @@ from esper.growth.step import act
 from esper.hosts.cnn import CNNHost
 from esper.seeds import blueprints, stages  # noqa: F401  (importing blueprints registers them)
 from esper.seeds.actions import Op
-from esper.seeds.bank import empty_bank, uproot, write
+from esper.seeds.bank import empty_bank, uproot
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import LifecycleRules, record_epoch, tick
 from esper.seeds.slots import LAYOUT, empty_records
@@ -78,7 +78,7 @@ class Lifecycle(RuleBasedStateMachine):
         rules = LifecycleRules(20, blending, 0.1, strict, incubation, embargo, max_seeds)
         self.spec = GrowthSpec(CNNHost(1, 2, 1), LAYOUT, KINDS, rules)
         keys = k.host_keys(k.root(seed), N)
-        bank = empty_bank(self.spec.host, LAYOUT, KINDS, keys, torch.float32)
+        bank = empty_bank(self.spec.bank, N, torch.float32)
         self.growth = TensorDict({"slots": empty_records(N, S), "seeds": bank, "key": keys}, batch_size=[N])
         self.view = ObservationSettings(LAYOUT, len(KINDS), rules.max_epochs, 100, max_seeds)
         tracker = SignalTracker()
@@ -134,19 +134,16 @@ class Lifecycle(RuleBasedStateMachine):
         after, culled = tick(lived, self.spec.rules)
         self.moved(lived, after, MOVED_BY_TICK)
         assert torch.equal(culled, (lived["stage"] == Stage.PROBATIONARY) & ~in_stage(after, stages.OCCUPIED))
-        bank = uproot(self.grown(acted["seeds"], after), LAYOUT, culled, lived["blueprint"])
+        bank = uproot(self.grown(acted["seeds"], after), self.spec.bank, culled)
         self.ramp(before, after)
         self.growth = TensorDict({"slots": after, "seeds": bank, "key": self.growth["key"]}, batch_size=[N])
 
     def grown(self, bank, records):
         """Training leaves moments behind: ones for every seed that exists."""
+        bank = bank.clone()
         for j, slot in enumerate(LAYOUT):
             for b, name in enumerate(KINDS):
-                rows = (records["blueprint"][:, j] == b).nonzero().squeeze(1)
-                if len(rows):
-                    seed = bank[slot, name][rows]
-                    seed["moments"] = torch.ones_like(seed["moments"])
-                    bank = write(bank, (slot, name), rows, seed)
+                bank["moments"][records["blueprint"][:, j] == b, self.spec.bank.kinds[slot, name].columns] = 1.0
         return bank
 
     def moved(self, before, after, table):
@@ -183,8 +180,9 @@ class Lifecycle(RuleBasedStateMachine):
         occupied = in_stage(records, stages.OCCUPIED)
         for j, slot in enumerate(LAYOUT):
             for b, name in enumerate(KINDS):
-                leaves = self.growth["seeds", slot, name].values(True, True)
-                stored = torch.cat([leaf.reshape(N, -1) for leaf in leaves], dim=1).any(dim=1)
+                columns = self.spec.bank.kinds[slot, name].columns
+                matrices = self.growth["seeds"].values()
+                stored = torch.cat([matrix[:, columns] for matrix in matrices], dim=1).any(dim=1)
                 assert torch.equal(stored, occupied[:, j] & (records["blueprint"][:, j] == b))
         empty = empty_records(N, S)
         for name in ("alpha", "blueprint", "blend", "age", "parameters", "ramp_step"):

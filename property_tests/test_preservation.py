@@ -18,14 +18,14 @@ from esper.growth.step import act
 from esper.growth.trees import as_tree, leaves, like
 from esper.hosts.cnn import CNNHost
 from esper.hosts.transformer import TransformerHost
-from esper.seeds import bank, blending, blueprints  # noqa: F401  (importing blueprints registers them)
+from esper.seeds import blending, blueprints  # noqa: F401  (importing blueprints registers them)
 from esper.seeds.actions import Op
 from esper.seeds.blueprints import registry
 from esper.seeds.lifecycle import LifecycleRules, put
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS, INCUBATIONS, Stage
 from esper.values import changed
-from tiny import action, differing, same
+from tiny import action, differing, opened, same
 
 HOSTS = {
     "cnn": (CNNHost(1, 5, 2, pool_layers=2), ("norm", "attention", "depthwise", "conv_light", "conv_expand")),
@@ -57,6 +57,10 @@ class Case:
     def kind(self, blueprint):
         return self.spec.blueprints[blueprint % len(self.spec.blueprints)]
 
+    def seed(self, matrix, blueprint):
+        """Views of the seeds that a matrix of the bank has in the slot, a tree."""
+        return self.spec.bank.kinds[LAYOUT[self.slot], self.kind(blueprint)].open(matrix)
+
     def record(self, growth, **values):
         """`growth` with other values in the record of the slot of host 0."""
         mask = torch.zeros(2, len(LAYOUT), dtype=torch.bool)
@@ -68,17 +72,17 @@ class Case:
         plan = make_plan(growth["slots"], self.spec)[0]
         wanted: list[torch.Tensor] = []
 
-        def watch(tree: TensorDict) -> dict[str, Any]:
-            plain = as_tree(tree)
-            own = [leaf.clone().requires_grad_() for leaf in leaves(plain)]
+        def watch(tree: dict[str, Any]) -> dict[str, Any]:
+            own = [leaf.clone().requires_grad_() for leaf in leaves(tree)]
             wanted.extend(own)
-            return like(plain, iter(own))
+            return like(tree, iter(own))
 
-        params = watch(growth["host", "params"][0])
+        params = watch(as_tree(growth["host", "params"][0]))
         n_host, seeds, spans = len(wanted), [], {}
         for j, (slot, entry) in enumerate(zip(LAYOUT, plan, strict=True)):
             start = len(wanted)
-            seeds.append(entry and watch(growth["seeds", slot, entry.blueprint, "params"][0]))
+            bank = growth["seeds", "params"][0]
+            seeds.append(entry and watch(self.spec.bank.kinds[slot, entry.blueprint].open(bank)))
             spans[j] = slice(start, len(wanted))
         logits, _ = forward(
             self.spec,
@@ -117,27 +121,34 @@ def cases(draw: st.DrawFn) -> Case:
     mask[:, other] = True
     stage = draw(st.sampled_from(STAGES))
     alpha = {Stage.TRAINING: 0.0, Stage.BLENDING: draw(st.floats(0.125, 0.875, width=32))}.get(stage, 1.0)
-    neighbours = stirred(growth["seeds", LAYOUT[other], kinds[kind]], k.fold(key, 5))
     growth = changed(
         growth,
         slots=put(growth["slots"], mask, stage=stage, alpha=alpha, age=4, contribution=3.0),
         host=stirred(growth["host"], k.fold(key, 1)),
-        seeds=bank.write(growth["seeds"], (LAYOUT[other], kinds[kind]), torch.arange(2), neighbours),
+        seeds=stirred_seeds(growth["seeds"], spec.bank.kinds[LAYOUT[other], kinds[kind]].columns, k.fold(key, 5)),
     )
     return Case(spec, growth, slot, key)
 
 
+def noise(key: torch.Tensor, leaf: torch.Tensor, which: int) -> torch.Tensor:
+    return 0.1 * k.normal(k.fold(key, leaf.numel(), which), *leaf.shape, dtype=leaf.dtype)
+
+
 def stirred(trained: TensorDict, key: torch.Tensor) -> TensorDict:
     """Parameters away from their initial values, with moments, as if they had been trained."""
-
-    def noise(leaf: torch.Tensor, which: int) -> torch.Tensor:
-        return 0.1 * k.normal(k.fold(key, leaf.numel(), which), *leaf.shape, dtype=leaf.dtype)
-
     return changed(
         trained,
-        params=trained["params"].apply(lambda leaf: leaf + noise(leaf, 0)),
-        moments=trained["moments"].apply(lambda leaf: noise(leaf, 1)),
+        params=trained["params"].apply(lambda leaf: leaf + noise(key, leaf, 0)),
+        moments=trained["moments"].apply(lambda leaf: noise(key, leaf, 1)),
     )
+
+
+def stirred_seeds(seeds: TensorDict, columns: slice, key: torch.Tensor) -> TensorDict:
+    """The bank with the same done to the seeds in `columns`."""
+    params, moments = seeds["params"].clone(), seeds["moments"].clone()
+    params[:, columns] += noise(key, params[:, columns], 0)
+    moments[:, columns] = noise(key, moments[:, columns], 1)
+    return changed(seeds, params=params, moments=moments)
 
 
 planting = {"blueprint": st.integers(0, 4), "blend": st.integers(0, len(BLENDS) - 1)}
@@ -147,8 +158,8 @@ planting = {"blueprint": st.integers(0, 4), "blend": st.integers(0, len(BLENDS) 
 def test_germinating_changes_no_output_and_no_gradient(case, training, blueprint, blend):
     logits, grads, seeds = case.run(case.growth, training)
     growth = case.act(Op.GERMINATE, blueprint, blend)
-    body = growth["seeds", LAYOUT[case.slot], case.kind(blueprint), "params", "body"]
-    if "down" in body.keys() and case.spec.host.topology == "cnn":  # noqa: SIM118
+    body = case.seed(growth["seeds", "params"], blueprint)["body"]
+    if "down" in body and case.spec.host.topology == "cnn":
         body["down"].abs_()  # features are not negative, so no hidden unit of this blueprint is dead
     after, host, grown = case.run(growth, training)
     assert torch.equal(after, logits)
@@ -189,18 +200,18 @@ def test_fossilising_at_full_alpha_changes_no_output_and_no_gradient(case, train
 def test_a_seed_that_is_not_finite_is_not_felt_while_it_trains(case, training, poison, blueprint, blend):
     logits, grads, _ = case.run(case.growth, training)
     growth = case.act(Op.GERMINATE, blueprint, blend)
-    seed = growth["seeds", LAYOUT[case.slot], case.kind(blueprint), "params"]
-    for leaf in seed.values(True, True):
+    for leaf in leaves(case.seed(growth["seeds", "params"], blueprint)):
         leaf[0] = poison
     after, host, _ = case.run(growth, training)
     assert torch.equal(after, logits)
     assert all(torch.equal(a, b) for a, b in zip(host, grads, strict=True))
 
 
-def untouched(before: TensorDict, after: TensorDict, slot: int) -> list[tuple[str, ...]]:
-    """Host 1 keeps every bit; host 0 keeps every parameter and moment that is not of `slot`."""
+def untouched(case: Case, after: TensorDict) -> list[tuple[str, ...]]:
+    """Host 1 keeps every bit; host 0 keeps every parameter and moment that is not of the slot."""
+    before, after = opened(case.spec, case.growth), opened(case.spec, after)
     changes = differing(before, after)
-    assert {path[:2] for path in changes if path[0] != "slots"} <= {("seeds", LAYOUT[slot])}
+    assert {(path[0], path[2]) for path in changes if path[0] != "slots"} <= {("seeds", LAYOUT[case.slot])}
     assert all(same(before[path][1], after[path][1]) for path in changes)
     return changes
 
@@ -208,23 +219,22 @@ def untouched(before: TensorDict, after: TensorDict, slot: int) -> list[tuple[st
 @given(case=cases(), **planting)
 def test_moments_move_with_the_topology(case, blueprint, blend):
     germinated = case.act(Op.GERMINATE, blueprint, blend)
-    name = case.kind(blueprint)
-    assert untouched(case.growth, germinated, case.slot)
-    entry = germinated["seeds", LAYOUT[case.slot], name]
-    assert not any(leaf.any() for leaf in entry["moments"].values(True, True)), "new parameters start at zero moments"
+    columns = case.spec.bank.kinds[LAYOUT[case.slot], case.kind(blueprint)].columns
+    assert untouched(case, germinated)
+    assert not germinated["seeds", "moments"][:, columns].any(), "new parameters start at zero moments"
 
-    trained = changed(entry, moments=entry["moments"].apply(lambda leaf: leaf + 0.5))
-    seeds = bank.write(germinated["seeds"], (LAYOUT[case.slot], name), torch.arange(1), trained[:1])
+    seeds = germinated["seeds"].clone()
+    seeds["moments"][0, columns] = 0.5
     case.growth = case.record(
         changed(germinated, seeds=seeds), stage=Stage.PROBATIONARY, alpha=1.0, contribution=2.0, age=9
     )
     fossilised = case.act(Op.FOSSILIZE)
-    assert not any(path[0] in ("host", "seeds") for path in untouched(case.growth, fossilised, case.slot))
+    assert not any(path[0] in ("host", "seeds") for path in untouched(case, fossilised))
 
     culled = case.act(Op.CULL)
-    untouched(case.growth, culled, case.slot)
-    gone = culled["seeds", LAYOUT[case.slot]].values(True, True)
-    assert not any(leaf[0].any() for leaf in gone), "a slot's moments vanish with its seed"
+    untouched(case, culled)
+    gone, whole = culled["seeds"][0].values(), case.spec.bank.columns(LAYOUT[case.slot])
+    assert not any(matrix[whole].any() for matrix in gone), "a slot's moments vanish with its seed"
 
 
 @given(case=cases(), **planting)

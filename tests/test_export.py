@@ -82,7 +82,7 @@ def logits(spec, growth, x, calibration=None):
     fossils = growth["slots", "stage"][0] == Stage.FOSSILIZED
     plan = [entry if kept else None for entry, kept in zip(make_plan(growth["slots"], spec)[0], fossils, strict=True)]
     seeds = [
-        entry and as_tree(growth["seeds", slot, entry.blueprint, "params"][0])
+        entry and spec.bank.kinds[slot, entry.blueprint].open(growth["seeds", "params"][0])
         for slot, entry in zip(spec.slots, plan, strict=True)
     ]
     params, statistics = as_tree(growth["host", "params"][0]), as_tree(growth["host", "statistics"][0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from tensordict import TensorDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esper.values import put_rows, zero_rows
+from esper.values import finite_rows, put_rows
 
 
 def test_rows_are_replaced_in_a_copy() -> None:
@@ -16,12 +19,19 @@ def test_rows_are_replaced_in_a_copy() -> None:
     assert changed["a"].tolist() == [[-1, -1], [2, 3], [-1, -1]]
     assert changed["b", "c"].tolist() == [0, 1, 0]
     assert value["a"].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert zero_rows(value, torch.tensor([1]))["a"].tolist() == [[0, 1], [0, 0], [4, 5]]
 
 
 def test_rows_that_were_found_on_the_cpu_are_changed_on_a_gpu() -> None:
     with FakeTensorMode():
         value = TensorDict({"a": torch.zeros(3, 2, device="cuda:0")}, [3])
         rows, new = torch.tensor([2]), TensorDict({"a": torch.ones(1, 2, device="cuda:0")}, [1])
-        for changed in (put_rows(value, rows, new), zero_rows(value, rows)):
-            assert changed["a"].device == torch.device("cuda:0")
+        assert put_rows(value, rows, new)["a"].device == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_row_is_finite_if_all_its_numbers_are(broken: float) -> None:
+    single, wide = torch.full((3,), 3e38), torch.full((3, 2, 4), 3e38)
+    assert finite_rows([single, wide]).all()
+    single[0] = broken
+    wide[2, 1, 3] = broken
+    assert finite_rows([single, wide]).tolist() == [[False, True], [True, True], [True, False]]

@@ -21,6 +21,7 @@ from esper.seeds import blueprints  # noqa: F401  (registers them)
 from esper.seeds.actions import Op
 from esper.seeds.lifecycle import LifecycleRules, put
 from esper.seeds.stages import Stage
+from esper.values import changed
 
 CPU = torch.device("cpu")
 
@@ -110,6 +111,12 @@ def flat(state: TensorDict) -> dict[tuple[str, ...], torch.Tensor]:
     """Leaves by path."""
     items = state.items(include_nested=True, leaves_only=True)
     return {key if isinstance(key, tuple) else (key,): leaf for key, leaf in items}
+
+
+def opened(spec: GrowthSpec, growth: TensorDict) -> TensorDict:
+    """`growth` with every seed of the bank in its place: `seeds.<params or moments>.<slot>.<blueprint>`."""
+    trees = {name: spec.bank.open(matrix) for name, matrix in growth["seeds"].items()}
+    return changed(growth, seeds=TensorDict(trees, batch_size=growth.batch_size))
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

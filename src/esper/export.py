@@ -108,7 +108,7 @@ def _weights(
     params = as_tree(growth["host", "params"][0])
     statistics: Tree = as_tree(growth["host", "statistics"][0])
     seeds = [
-        None if entry is None else as_tree(growth["seeds", slot, entry.blueprint, "params"][0])
+        None if entry is None else spec.bank.kinds[slot, entry.blueprint].open(growth["seeds", "params"][0])
         for slot, entry in zip(spec.slots, plan, strict=True)
     ]
     if calibration is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -30,13 +32,9 @@ def put_rows(value: TensorDict, rows: Tensor, new: TensorDict) -> TensorDict:
     )
 
 
-def zero_rows(value: TensorDict, rows: Tensor) -> TensorDict:
-    """A TensorDict whose rows `rows` of every leaf are zero."""
-    return TensorDict(
-        {
-            name: leaf.index_fill(0, rows.to(leaf.device), 0) if isinstance(leaf, Tensor) else zero_rows(leaf, rows)
-            for name, leaf in value.items()
-        },
-        batch_size=value.batch_size,
-        device=value.device,
-    )
+def finite_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether all numbers of a row are finite, for each of the tensors `[N, ...]`: bool `[N, len(tensors)]`."""
+    flat = [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
+    # Extremes are finite exactly if everything is, and take no memory.
+    extremes = torch.stack([extreme for rows in flat for extreme in (rows.amax(dim=1), rows.amin(dim=1))], dim=1)
+    return extremes.isfinite().unflatten(1, (-1, 2)).all(dim=2)

@@ -130,11 +130,12 @@ def test_a_missing_file_is_named_and_nothing_left_is_said(tmp_path: Path) -> Non
         find(tmp_path, tmp_path / "elsewhere" / "00000001")
 
 
-def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_format_of_the_past_or_the_future_is_refused(tmp_path: Path, other: int) -> None:
     path = write_snapshot(tmp_path, snapshot(1), ABOUT)
     data = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_bytes(snapshots._sealed({**data, "format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2; must be format 1"):
+    (path / MANIFEST).write_bytes(snapshots._sealed({**data, "format": other}))
+    with pytest.raises(CheckpointError, match=f"has format {other}; must be format 2"):
         read_manifest(path)
 
 

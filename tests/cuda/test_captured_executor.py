@@ -14,6 +14,7 @@ from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
+from esper.seeds import bank
 from growth.test_executors_against_oracle import batches, grown
 
 pytestmark = [
@@ -122,6 +123,23 @@ def test_plans_that_fit_need_no_recording_and_give_the_same_bits() -> None:
     assert all(torch.equal(first[part], second[part]) for part in first)
     alone = outcome(CapturedExecutor(spec, CUDA), spec, fewer, "cnn")
     assert all(apart(between[part], alone[part]) <= 1e-6 for part in alone)
+
+
+def test_the_bank_changes_alike_on_a_gpu() -> None:
+    spec, growth = grown("cnn", "straight_through", "linear")
+    held = growth["slots", "blueprint"] >= 0
+    planted, removed = held.clone(), held.clone()
+    planted[::3], removed[::2] = False, False
+
+    def changes(state: TensorDict) -> TensorDict:
+        seeds = bank.plant(state["seeds"], spec.bank, planted, state["slots"], state["key"] + 1)
+        return bank.uproot(seeds, spec.bank, removed.to(state.device))
+
+    here, there = changes(growth), changes(growth.to(CUDA))
+    assert not torch.equal(here["params"], growth["seeds", "params"])
+    for name, matrix in there.items():
+        assert matrix.is_cuda
+        assert torch.equal(matrix.cpu(), here[name])
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -26,7 +26,7 @@ def test_changing_a_token_never_changes_logits_before_it(blend: str, incubation:
         host = growth["host"][i]
         params, statistics = as_tree(host["params"]), as_tree(host["statistics"])
         seeds = [
-            None if entry is None else as_tree(growth["seeds", slot, entry.blueprint, "params"][i])
+            None if entry is None else spec.bank.kinds[slot, entry.blueprint].open(growth["seeds", "params"][i])
             for slot, entry in zip(SLOTS, plan, strict=True)
         ]
         alpha = list(growth["slots", "alpha"][i])

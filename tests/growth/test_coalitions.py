@@ -77,7 +77,7 @@ def network(spec, growth, host, members):
     plan = make_plan(growth["slots"], spec)[host]
     plan = tuple(entry if members >> j & 1 else None for j, entry in enumerate(plan))
     seeds = [
-        None if entry is None else as_tree(growth["seeds", slot, entry.blueprint, "params"][host])
+        None if entry is None else spec.bank.kinds[slot, entry.blueprint].open(growth["seeds", "params"][host])
         for slot, entry in zip(spec.slots, plan, strict=True)
     ]
     params, alpha = as_tree(growth["host", "params"][host]), growth["slots", "alpha"][host].double()

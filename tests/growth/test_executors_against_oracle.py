@@ -58,7 +58,7 @@ def grown(topology: str, incubation: str, blend: str):
             records["alpha"][i, j], records["blend"][i, j] = STAGES[stage], BLENDS.index(blend)
     growth["slots"] = records
     occupied = records["stage"] > Stage.DORMANT
-    growth["seeds"] = bank.plant(growth["seeds"], spec.host, SLOTS, kinds, occupied, records, growth["key"])
+    growth["seeds"] = bank.plant(growth["seeds"], spec.bank, occupied, records, growth["key"])
     return spec, growth
 
 
@@ -74,7 +74,7 @@ def oracle(spec: GrowthSpec, growth, i: int, topology: str, incubation: str) -> 
         name = spec.blueprints[int(records["blueprint"][j])]
         gated = BLENDS[int(records["blend"][j])] == "gated"
         seeds[slot] = OracleSeed(topology, name, spec.sites[j].channels, gated).double()
-        load_seed(seeds[slot], growth["seeds", slot, name, "params"], i)
+        load_seed(seeds[slot], spec.bank.open(growth["seeds", "params"])[slot, name], i)
         modes[slot] = incubation if stage is Stage.TRAINING else "blend"
         alphas[slot] = float(records["alpha"][j])
     return OracleNetwork(host, seeds, modes, alphas)
@@ -131,6 +131,6 @@ def test_stack_equals_plain_modules(topology: str, incubation: str, blend: str, 
         assert float(measured["loss"][i]) == pytest.approx(losses[i], rel=1e-12)
         for slot, seed in net.seeds.items():
             name = spec.blueprints[int(trained["slots", "blueprint"][i, SLOTS.index(slot)])]
-            stacked = flatten(trained["seeds", slot, name, "params"])
+            stacked = flatten(spec.bank.open(trained["seeds", "params"])[slot, name])
             ours = {leaf: value[i] for leaf, value in stacked.items() if leaf in seed.leaves()}
             assert distance(ours, seed.leaves()) <= 1e-12

@@ -180,6 +180,36 @@ def test_free_seats_change_nothing(topology: str, incubation: str) -> None:
     assert torch.equal(other_right["differ"], right["differ"])
 
 
+def test_free_seats_write_nothing_and_carry_nothing_broken_on() -> None:
+    """Free seats are filled from host 0, whose own seeds are all broken here."""
+    spec, growth = grown("cnn", "straight_through", "gated")
+    spec = replace(spec, seed_weight_decay=0.1)
+    stream = data("cnn", growth.batch_size[0], torch.float64)
+    growth["seeds", "params"][0] = float("nan")
+    runner, plan = StackedExecutor(spec, CPU), make_plan(growth["slots"], spec)
+    table = as_table(plan, spec)
+    capacity, banks = runner.seats_for(table), []
+    for seats in (capacity, roomier(capacity)):
+        carry = runner.start(growth, table, seats)
+        for x, y in stream:
+            carry = runner.train_step(
+                carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True
+            )
+        banks.append(runner.finish(carry, growth)[0]["seeds"])
+    exact, spare = banks
+    for name in ("params", "moments"):
+        assert spare[name].shape == growth["seeds", name].shape
+        assert spare[name][1:].isfinite().all()
+        assert torch.equal(spare[name][0].isnan(), exact[name][0].isnan())
+        assert apart(spare[name][1:], exact[name][1:]) <= 1e-13
+    own = table.blueprint[0] >= 0
+    for j, slot in enumerate(spec.slots):
+        for b, name in enumerate(spec.blueprints):
+            columns = spec.bank.kinds[slot, name].columns
+            here = own[j] & (table.blueprint[0, j] == b)
+            assert bool(spare["moments"][0, columns].any()) == bool(here)
+
+
 def test_programs_grow_with_room_to_spare() -> None:
     assert enlarged(((0, 0), (3, 5)), None, (8, 8)) == ((0, 0), (4, 8))
     assert enlarged(((2, 0), (1, 5)), ((1, 3), (4, 8)), (8, 8)) == ((4, 3), (4, 8))

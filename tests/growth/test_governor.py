@@ -239,10 +239,12 @@ def test_a_fossil_of_the_snapshot_returns_with_its_moments_and_a_newer_one_is_dr
     assert result["governor", "dropped"].tolist() == [[False] * 3, [False, True, False], [False] * 3]
     assert after["slots", "stage"][1].tolist() == [Stage.FOSSILIZED, Stage.DORMANT, Stage.DORMANT]
     assert not differing(after["host"][1], good["host"][1])
-    fossil, kept = after["seeds", "early", "conv_light"][1], good["seeds", "early", "conv_light"][1]
-    assert not differing(fossil, kept)
-    assert any(leaf.any() for leaf in fossil["moments"].values(True, True))
-    assert not any(leaf.any() for leaf in after["seeds", "mid"][1].values(True, True))
+    columns = run.spec.bank.kinds["early", "conv_light"].columns
+    for name in ("params", "moments"):
+        fossil = after["seeds", name][1, columns]
+        assert fossil.any()
+        assert torch.equal(fossil, good["seeds", name][1, columns])
+        assert not after["seeds", name][1, run.spec.bank.columns("mid")].any()
     run.shards[0].executor.armed = False
     run.step({1: germinate(1, blueprint=1)})
     assert run.growth["slots", "stage"][1].tolist() == [Stage.FOSSILIZED, Stage.TRAINING, Stage.DORMANT]
@@ -252,7 +254,7 @@ def test_a_seed_that_lived_when_the_snapshot_was_taken_never_becomes_a_ghost():
     run = faulty_run("weights")
     for epoch in range(5):
         run.step({1: germinate(2, blueprint=1)} if epoch == 3 else None)
-    first = run.growth["seeds", "late", "norm", "params", "body", "weight"][1].clone()
+    first = run.growth["seeds", "params"][1, run.spec.bank.kinds["late", "norm"].columns]
     assert run.growth["slots", "stage"][1, 2] == Stage.TRAINING
     assert run.growth["snapshot", "slots", "stage"][1, 2] == Stage.DORMANT
     run.shards[0].executor.armed = True
@@ -316,4 +318,4 @@ def test_the_first_snapshot_is_of_every_host():
     run = faulty_run()
     bare = run.growth.exclude("snapshot")
     with pytest.raises(ValueError, match="first snapshot is of every host"):
-        take_snapshot(bare, run.spec.slots, run.metrics, torch.tensor([True, False, True]))
+        take_snapshot(bare, run.spec.bank, run.metrics, torch.tensor([True, False, True]))

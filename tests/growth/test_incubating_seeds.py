@@ -11,6 +11,7 @@ from esper.growth import precision
 from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
+from esper.growth.trees import leaves
 from esper.seeds.stages import Stage
 from esper.values import changed
 from growth.test_executors_against_oracle import batches, grown
@@ -54,7 +55,7 @@ def test_a_broken_incubating_seed_does_not_stop_its_host_in_fp16(executor: str) 
     for i in hosts.tolist():
         j = int((stage[i] == Stage.TRAINING).nonzero()[0])
         name = spec.blueprints[int(growth["slots", "blueprint"][i, j])]
-        for leaf in broken["seeds", spec.slots[j], name, "params", "body"].values(True, True):
+        for leaf in leaves(spec.bank.kinds[spec.slots[j], name].open(broken["seeds", "params"])["body"]):
             leaf[i] = float("nan")
     sound, _ = epoch(EXECUTORS[executor](spec), spec, growth)
     after, _ = epoch(EXECUTORS[executor](spec), spec, broken)

@@ -22,7 +22,7 @@ from esper.seeds.actions import Op
 from esper.seeds.bank import fresh_seed
 from esper.seeds.blueprints import registry
 from esper.seeds.lifecycle import LifecycleRules
-from tiny import CPU, Run, flat, germinate, tiny_spec
+from tiny import CPU, Run, flat, germinate, opened, tiny_spec
 
 BASE = CNNHost(1, 10, 4, pool_layers=2)
 KINDS = ("conv_light", "attention", "norm", "depthwise", "conv_expand")
@@ -34,6 +34,7 @@ def dead(run: Run) -> list[tuple[tuple[str, ...], int, torch.Tensor]]:
     """Path, host and entries of every leaf outside the host's own shape: parameters and moments of hosts and seeds."""
     found = []
     which = run.spec.shape_of(run.growth["key"])
+    grown = opened(run.spec, run.growth)
     for i, host in enumerate(shapes(run.spec.host)):
         key = torch.zeros(1, dtype=torch.int64)
         small = {
@@ -44,9 +45,9 @@ def dead(run: Run) -> list[tuple[tuple[str, ...], int, torch.Tensor]]:
         for slot in run.spec.slots:
             for kind in run.spec.blueprints:
                 seed = flat(fresh_seed(host, slot, kind, key, torch.float32))
-                small |= {("seeds", slot, kind, n, *p): leaf for n in ("params", "moments") for p, leaf in seed.items()}
+                small |= {("seeds", n, slot, kind, *p): leaf for n in ("params", "moments") for p, leaf in seed.items()}
         for path, leaf in small.items():
-            large = run.growth[path]
+            large = grown[path]
             outside = torch.ones(large.shape[1:], dtype=torch.bool)
             outside[tuple(slice(size) for size in leaf.shape[1:])] = False
             found += [(path, int(row), large[row][outside]) for row in (which == i).nonzero().flatten()]
@@ -92,8 +93,8 @@ def test_dead_channels_stay_exactly_zero_under_every_seed(executor, incubation: 
     values = dead(run)
     assert sum(part.numel() for *_, part in values) > 10_000
     assert [(path, host) for path, host, part in values if part.any()] == []
-    moved = {path: leaf for path, leaf in flat(run.growth.select("seeds")).items() if "moments" in path and leaf.any()}
-    assert {path[2] for path in moved} == set(KINDS)
+    moved = [path for path, leaf in flat(spec.bank.open(run.growth["seeds", "moments"])).items() if leaf.any()]
+    assert {path[1] for path in moved} == set(KINDS)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -159,7 +160,8 @@ def test_a_narrow_host_is_exported_as_it_is() -> None:
     plan = make_plan(run.growth["slots"], spec)[row]
     assert plan[1] is not None
     seeds = [
-        e and as_tree(run.growth["seeds", s, e.blueprint, "params"][row]) for s, e in zip(spec.slots, plan, strict=True)
+        e and spec.bank.kinds[s, e.blueprint].open(run.growth["seeds", "params"][row])
+        for s, e in zip(spec.slots, plan, strict=True)
     ]
     params, statistics = (as_tree(run.growth["host", name][row]) for name in ("params", "statistics"))
     expected, _ = forward(spec, plan, params, statistics, seeds, run.growth["slots", "alpha"][row], x, momentum=None)

@@ -27,7 +27,7 @@ from tensordict import TensorDict
 from esper.checkpoint.tensors import read_tensors, write_tensors
 from esper.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _UNFINISHED = ".unfinished-"
 
@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format: Literal[1]
+    format: Literal[2]
     step: Annotated[int, Field(ge=0)]
     score: float | None
     versions: dict[str, str]

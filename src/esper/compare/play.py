@@ -148,7 +148,7 @@ def _fossilize(env: GrowthEnv, grown: TensorDict) -> None:
             healthy=True,
             gradient_health=1.0,
         )
-        seeds = bank.plant(g["seeds"], spec.host, spec.slots, spec.blueprints, kept, records, g["key"])
+        seeds = bank.plant(g["seeds"], spec.bank, kept, records, g["key"])
         growth.append(changed(g, slots=records.to(shard.device), seeds=seeds))
     started, metrics = begin(spec, backend.shards, backend.settings, growth)
     state = env.state

@@ -23,7 +23,7 @@ from esper.seeds import bank, stages
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import clear, put
 from esper.seeds.stages import Stage
-from esper.values import changed
+from esper.values import changed, finite_rows
 
 _GUESS_TOLERANCE = 0.065  # a loss this close to that of a uniform guess, as a share of it, is guessing
 _TRAINED = 0.6  # a mean loss below this share of a uniform guess's belongs to a host that had learned
@@ -128,10 +128,7 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
 
 def sound_hosts(growth: TensorDict) -> Tensor:
     """Whether all parameters, statistics and moments of each host are finite, bool `[N]` on the CPU."""
-    sound = torch.ones_like(growth["epoch"], dtype=torch.bool)
-    for leaf in growth["host"].values(include_nested=True, leaves_only=True):
-        sound = sound & leaf.isfinite().reshape(leaf.shape[0], -1).all(dim=1)
-    return sound.cpu()
+    return finite_rows(list(growth["host"].values(include_nested=True, leaves_only=True))).all(dim=1).cpu()
 
 
 def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
@@ -144,10 +141,10 @@ def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
     return chosen
 
 
-def take_snapshot(growth: TensorDict, slots: tuple[str, ...], metrics: TensorDict, due: Tensor) -> TensorDict:
+def take_snapshot(growth: TensorDict, layout: bank.BankLayout, metrics: TensorDict, due: Tensor) -> TensorDict:
     """Growth whose snapshot is the present state where `due` bool `[N]`.
 
-    `slots` are the run's; `metrics` `[N]` are the epoch's, of which the snapshot keeps those of host and fossils alone
+    `layout` is the bank's; `metrics` `[N]` are the epoch's, of which the snapshot keeps those of host and fossils alone
     (the losses are the whole network's). Raises ValueError if a host would be left without any snapshot.
     """
     old = growth.get("snapshot", None)
@@ -156,10 +153,11 @@ def take_snapshot(growth: TensorDict, slots: tuple[str, ...], metrics: TensorDic
     if old is not None and not due.any():
         return growth
     fossils = growth["slots", "stage"] == Stage.FOSSILIZED
+    live = ~fossils & (growth["slots", "blueprint"] >= 0)
     now = TensorDict(
         {
             "host": growth["host"],
-            "seeds": bank.uproot(growth["seeds"], slots, ~fossils, growth["slots", "blueprint"]),
+            "seeds": bank.uproot(growth["seeds"], layout, live),
             "slots": clear(growth["slots"], ~fossils),
             "losses": growth["governor", "losses"],
             "seen": growth["governor", "seen"],
@@ -211,7 +209,7 @@ def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
 
 
 def govern(
-    growth: TensorDict, slots: tuple[str, ...], metrics: TensorDict, settings: GovernorSettings
+    growth: TensorDict, layout: bank.BankLayout, metrics: TensorDict, settings: GovernorSettings
 ) -> tuple[TensorDict, TensorDict, TensorDict]:
     """One epoch's check of all hosts of a shard, after their records are written: roll back or take snapshots.
 
@@ -228,7 +226,7 @@ def govern(
     age = restored["epoch"].cpu() - restored["snapshot", "epoch"].cpu()
     due = (governor["reason"] == Reason.NORMAL) & (age >= settings.snapshot_every)
     metrics = choose(panic, restored["snapshot", "metrics"].cpu(), metrics)
-    restored = take_snapshot(restored, slots, metrics, due)
+    restored = take_snapshot(restored, layout, metrics, due)
     occupied = in_stage(growth["slots"].cpu(), stages.OCCUPIED)
     report = governor.select("reason", "loss", "threshold", "consecutive").update(
         {

@@ -11,9 +11,10 @@ from torch import Tensor
 from esper.growth.governor import GovernorSettings
 from esper.hosts.base import Host, Site, site
 from esper.hosts.padded import shape_of, shapes
+from esper.seeds.bank import BankLayout
 from esper.seeds.blueprints import registry
 from esper.seeds.blueprints.registry import Blueprint
-from esper.seeds.lifecycle import LifecycleRules
+from esper.seeds.lifecycle import LifecycleRules, seed_parameters
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class GrowthSpec:
         return tuple(registry.get(self.host.topology, name) for name in self.blueprints)
 
     @cached_property
+    def bank(self) -> BankLayout:
+        """Where every possible seed lies in the bank."""
+        return BankLayout(self.host, self.slots, self.blueprints)
+
+    @cached_property
     def _leaves(self) -> tuple[int, int]:
         """Numbers in one host's parameters and in its statistics."""
         parts = self.host.init(torch.zeros(1, dtype=torch.int64))
@@ -78,6 +84,23 @@ class GrowthSpec:
         """Trainable parameters of the ungrown hosts with `keys` `[N]`, dead ones not counted; int64 `[N]` on the
         CPU."""
         return torch.tensor([spec.host_parameters for spec in self.shapes])[self.shape_of(keys)]
+
+    def seed_parameters_of(self, keys: Tensor) -> Tensor:
+        """Trainable parameters of each possible seed of the hosts with `keys` `[N]`, int64 `[N, S, blueprints, blends]`
+        on the CPU."""
+        return self._seed_parameters[self.shape_of(keys)]
+
+    @cached_property
+    def _seed_parameters(self) -> Tensor:
+        """The same by shape, `[shapes, S, blueprints, blends]`."""
+        tables = [
+            seed_parameters(
+                tuple(place.channels for place in spec.sites),
+                lambda c: [registry.parameter_count(kind, c) for kind in self.kinds],
+            )
+            for spec in self.shapes
+        ]
+        return torch.stack(tables)
 
     @property
     def has_statistics(self) -> bool:

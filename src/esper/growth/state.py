@@ -38,7 +38,7 @@ def fresh_growth(
             "host": TensorDict(
                 {"params": params, "statistics": statistics, "moments": torch.zeros_like(params)}, batch_size=[n]
             ),
-            "seeds": empty_bank(spec.host, spec.slots, spec.blueprints, keys, dtype),
+            "seeds": empty_bank(spec.bank, n, dtype),
             "slots": empty_records(n, len(spec.slots)),
             "rates": TensorDict({"host": host_lr.double(), "seed": seed_lr.double()}, batch_size=[n]),
             "governor": fresh_governor(n, spec.governor),
@@ -48,7 +48,7 @@ def fresh_growth(
         },
         batch_size=[n],
     ).to(device)
-    return take_snapshot(state, spec.slots, _unmeasured(n, len(spec.slots)), torch.ones(n, dtype=torch.bool))
+    return take_snapshot(state, spec.bank, _unmeasured(n, len(spec.slots)), torch.ones(n, dtype=torch.bool))
 
 
 def _unmeasured(n_hosts: int, n_slots: int) -> TensorDict:

@@ -26,9 +26,8 @@ from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
 from esper.keys import Purpose
 from esper.seeds import bank
-from esper.seeds.blueprints import registry
-from esper.seeds.lifecycle import apply_action, record_epoch, seed_parameters, tick
-from esper.values import changed
+from esper.seeds.lifecycle import apply_action, record_epoch, tick
+from esper.values import changed, finite_rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def begin(
     metrics["train_loss"] = metrics["val_loss"].clone()
     metrics["train_accuracy"] = torch.zeros_like(metrics["val_accuracy"])
     first = [
-        take_snapshot(g, spec.slots, metrics[s.hosts], torch.ones(s.size, dtype=torch.bool))
+        take_snapshot(g, spec.bank, metrics[s.hosts], torch.ones(s.size, dtype=torch.bool))
         for s, g in zip(shards, growth, strict=True)
     ]
     return first, metrics
@@ -138,14 +137,13 @@ def run_epoch(
             healthy_seeds(spec, g),
         )
         g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
-        g, stands, report = govern(g, spec.slots, metrics[rows], spec.governor)
+        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor)
         after = g["slots"].cpu()
-        standing_seeds = after["blueprint"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:
             after, auto_culled = tick(after, spec.rules)
         outcome["auto_culled"] = auto_culled
-        removed = bank.uproot(g["seeds"], spec.slots, auto_culled, standing_seeds)
+        removed = bank.uproot(g["seeds"], spec.bank, auto_culled)
         done.append(changed(g, slots=after.to(shard.device), seeds=removed))
         standing.append(stands)
         parts = {
@@ -166,17 +164,10 @@ def run_epoch(
 def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
     before = growth["slots"].cpu()
-    tables = [
-        seed_parameters(
-            tuple(place.channels for place in shape.sites),
-            lambda c: [registry.parameter_count(kind, c) for kind in spec.kinds],
-        )
-        for shape in spec.shapes
-    ]
-    table = torch.stack(tables)[spec.shape_of(growth["key"])]
-    records, outcome = apply_action(before, action, spec.rules, table, accuracy)
-    seeds = bank.uproot(growth["seeds"], spec.slots, outcome["culled"], before["blueprint"])
-    seeds = bank.plant(seeds, spec.host, spec.slots, spec.blueprints, outcome["germinated"], records, growth["key"])
+    prices = spec.seed_parameters_of(growth["key"])
+    records, outcome = apply_action(before, action, spec.rules, prices, accuracy)
+    seeds = bank.uproot(growth["seeds"], spec.bank, outcome["culled"])
+    seeds = bank.plant(seeds, spec.bank, outcome["germinated"], records, growth["key"])
     return changed(growth, slots=records.to(growth["key"].device), seeds=seeds), outcome
 
 
@@ -254,17 +245,8 @@ def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
 
 def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
     """Whether every parameter of the seed in each slot is finite, bool `[N, S]` on the CPU; True for empty slots."""
-    blueprint = growth["slots", "blueprint"]
-    healthy = torch.ones_like(blueprint, dtype=torch.bool)
-    planted = blueprint.T.tolist()
-    for j, slot in enumerate(spec.slots):
-        for b in sorted(set(planted[j]) - {-1}):
-            finite = torch.ones_like(healthy[:, j])
-            seeds = growth["seeds", slot, spec.blueprints[b], "params"]
-            for leaf in seeds.values(include_nested=True, leaves_only=True):
-                finite = finite & torch.isfinite(leaf).reshape(leaf.shape[0], -1).all(dim=1)
-            healthy[:, j] = torch.where(blueprint[:, j] == b, finite, healthy[:, j])
-    return healthy.cpu()
+    # What is not planted is zero.
+    return finite_rows([growth["seeds", "params"][:, spec.bank.columns(slot)] for slot in spec.slots]).cpu()
 
 
 _NEGLIGIBLE = 1e-8

@@ -1,10 +1,16 @@
-"""The seed bank: parameters and moments of every possible seed, `[N, ...]` per (slot, blueprint).
+"""The seed bank: parameters and moments of every possible seed, two matrices `[N, W]` with a row for each host.
 
-Storage covers every blueprint, computation never does: executors gather what a plan needs. Seeds that do not exist are
-zero, with zero moments, so that nothing can leak from one seed to the next one planted in the same place.
+Every kind of seed has columns of its own in every slot. Storage covers all of them, computation never does: executors
+fetch what a plan needs. Seeds that do not exist are zero, with zero moments, so that nothing can leak from one seed to
+the next one planted in the same place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -16,34 +22,96 @@ from esper.hosts.padded import assemble, shape_of, shapes
 from esper.keys import Purpose
 from esper.seeds import blending
 from esper.seeds.blueprints import registry
-from esper.values import changed, put_rows, zero_rows
+from esper.values import changed
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of seed in one slot: its `columns`, and a tree `{body, gate}` with the shapes of its leaves, which lie
+    there one after the other."""
+
+    columns: slice
+    shapes: dict[str, Any]
+
+    def open(self, rows: Tensor) -> dict[str, Any]:
+        """The seed of this kind in rows `[..., W]` of the bank: a tree of views, every leaf `[..., *shape]`."""
+        sizes = [shape.numel() for shape in _leaves(self.shapes)]
+        parts = iter(rows[..., self.columns].split(sizes, dim=-1))
+
+        def fill(shapes: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: fill(shape) if isinstance(shape, dict) else next(parts).view((*rows.shape[:-1], *shape))
+                for name, shape in shapes.items()
+            }
+
+        return fill(self.shapes)
+
+
+@dataclass(frozen=True)
+class BankLayout:
+    """Which columns of the bank belong to which kind of seed: slot by slot, in each blueprint by blueprint."""
+
+    host: Host
+    slots: tuple[str, ...]
+    blueprints: tuple[str, ...]
+
+    @cached_property
+    def kinds(self) -> dict[tuple[str, str], Kind]:
+        """Every kind of seed by slot and blueprint, in order of columns."""
+        found, start = {}, 0
+        for slot in self.slots:
+            for name in self.blueprints:
+                seed = fresh_seed(self.host, slot, name, torch.zeros(1, dtype=torch.int64), torch.float32)
+                tree = _shapes(seed)
+                stop = start + sum(shape.numel() for shape in _leaves(tree))
+                found[slot, name] = Kind(slice(start, stop), tree)
+                start = stop
+        return found
+
+    @cached_property
+    def width(self) -> int:
+        """W, the numbers in one row."""
+        return self.columns(self.slots[-1]).stop
+
+    def columns(self, slot: str) -> slice:
+        """The columns of everything that can be planted in a slot."""
+        first, last = (self.kinds[slot, self.blueprints[i]].columns for i in (0, -1))
+        return slice(first.start, last.stop)
+
+    def open(self, matrix: Tensor) -> TensorDict:
+        """The whole bank as `{slot: {blueprint: {body, gate}}}`, views of `matrix` `[N, W]`, every leaf `[N, ...]`."""
+        tree = {slot: {name: self.kinds[slot, name].open(matrix) for name in self.blueprints} for slot in self.slots}
+        return TensorDict(tree, batch_size=matrix.shape[:1])
+
+
+def _shapes(seed: TensorDict) -> dict[str, Any]:
+    return {name: part.shape[1:] if isinstance(part, Tensor) else _shapes(part) for name, part in seed.items()}
+
+
+def _leaves(tree: dict[str, Any] | TensorDict) -> Iterator[Any]:
+    """The leaves in order of insertion, depth first."""
+    for part in tree.values():
+        yield from _leaves(part) if isinstance(part, dict | TensorDict) else (part,)
 
 
 def fresh_seed(host: Host, slot: str, blueprint: str, keys: Tensor, dtype: torch.dtype) -> TensorDict:
     """Initial parameters `{body, gate}` of one kind of seed for `keys` `[N]`."""
-    channels = site(host, slot).channels
-    return TensorDict(
-        {
-            "body": registry.get(host.topology, blueprint).init(k.fold(keys, 0), channels, dtype),
-            "gate": blending.gate_init(k.fold(keys, 1), channels, dtype),
-        },
-        batch_size=keys.shape,
-    )
+    body, gate = _fresh_body(host, slot, blueprint, keys, dtype), _fresh_gate(host, slot, keys, dtype)
+    return TensorDict({"body": body, "gate": gate}, batch_size=keys.shape)
 
 
-def empty_bank(
-    host: Host, slots: tuple[str, ...], blueprints: tuple[str, ...], keys: Tensor, dtype: torch.dtype
-) -> TensorDict:
+def _fresh_body(host: Host, slot: str, blueprint: str, keys: Tensor, dtype: torch.dtype) -> TensorDict:
+    return registry.get(host.topology, blueprint).init(k.fold(keys, 0), site(host, slot).channels, dtype)
+
+
+def _fresh_gate(host: Host, slot: str, keys: Tensor, dtype: torch.dtype) -> TensorDict:
+    return blending.gate_init(k.fold(keys, 1), site(host, slot).channels, dtype)
+
+
+def empty_bank(layout: BankLayout, n_hosts: int, dtype: torch.dtype) -> TensorDict:
     """A bank without seeds."""
-    n = keys.shape
-    bank = {}
-    for slot in slots:
-        kinds = {}
-        for name in blueprints:
-            params = torch.zeros_like(fresh_seed(host, slot, name, keys, dtype))
-            kinds[name] = TensorDict({"params": params, "moments": params.clone()}, batch_size=n)
-        bank[slot] = TensorDict(kinds, batch_size=n)
-    return TensorDict(bank, batch_size=n)
+    params = torch.zeros(n_hosts, layout.width, dtype=dtype)
+    return TensorDict({"params": params, "moments": params.clone()}, batch_size=[n_hosts])
 
 
 def seed_keys(host_key: Tensor, slot_index: int, planted: Tensor) -> Tensor:
@@ -52,56 +120,55 @@ def seed_keys(host_key: Tensor, slot_index: int, planted: Tensor) -> Tensor:
 
 
 def plant(
-    bank: TensorDict,
-    host: Host,
-    slots: tuple[str, ...],
-    blueprints: tuple[str, ...],
-    germinated: Tensor,
-    records: TensorDict,
-    host_key: Tensor,
+    bank: TensorDict, layout: BankLayout, germinated: Tensor, records: TensorDict, host_key: Tensor
 ) -> TensorDict:
-    """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other leaf keeps its bits.
+    """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other number keeps its bits.
 
     Weights are drawn on the CPU, so that they are the same on every device. A seed in a padded host is padded alike.
     """
     germinated, records, host_key = germinated.cpu(), records.cpu(), host_key.cpu()
-    for j, slot in enumerate(slots):
-        for b, name in enumerate(blueprints):
-            rows = (germinated[:, j] & (records["blueprint"][:, j] == b)).nonzero().squeeze(1)
-            if rows.numel() == 0:
-                continue
-            keys = seed_keys(host_key[rows], j, records["planted"][rows, j])
-            leaf = next(iter(bank[slot, name].values(True, True)))
-            fresh = _shaped_seed(host, slot, name, host_key[rows], keys, leaf.dtype).to(leaf.device)
-            planted = TensorDict({"params": fresh, "moments": torch.zeros_like(fresh)}, batch_size=keys.shape)
-            bank = write(bank, (slot, name), rows, planted)
-    return bank
+    if not germinated.any():
+        return bank
+    params, moments = bank["params"].clone(), bank["moments"].clone()
+    for j, slot in enumerate(layout.slots):
+        hosts = germinated[:, j].nonzero().squeeze(1)
+        if hosts.numel() == 0:
+            continue
+        of, blueprint = host_key[hosts], records["blueprint"][hosts, j]
+        keys = seed_keys(of, j, records["planted"][hosts, j])
+        # Gates are drawn for all blueprints at once, because many small draws take long.
+        gates = torch.cat(_drawn(layout.host, of, keys, partial(_fresh_gate, slot=slot, dtype=params.dtype)), dim=1)
+        for b in blueprint.unique().tolist():
+            name, rows = layout.blueprints[b], (blueprint == b).nonzero().squeeze(1)
+            init = partial(_fresh_body, slot=slot, blueprint=name, dtype=params.dtype)
+            body = _drawn(layout.host, of[rows], keys[rows], init)
+            fresh = torch.cat([*body, gates[rows]], dim=1).to(params.device)
+            rows, columns = hosts[rows].to(params.device), layout.kinds[slot, name].columns
+            params[:, columns].index_copy_(0, rows, fresh)
+            moments[:, columns].index_fill_(0, rows, 0)
+    return changed(bank, params=params, moments=moments)
 
 
-def _shaped_seed(host: Host, slot: str, name: str, host_key: Tensor, keys: Tensor, dtype: torch.dtype) -> TensorDict:
-    """Seeds for `keys` `[n]` in the hosts with keys `host_key` `[n]`, each of its host's own shape."""
-    whole = fresh_seed(host, slot, name, keys, dtype)
-    if len(shapes(host)) == 1:
-        return whole
-    which = shape_of(host, host_key)
-    return assemble(shapes(host), which, whole, lambda own, rows: fresh_seed(own, slot, name, keys[rows], dtype))
+def _drawn(host: Host, of: Tensor, keys: Tensor, init: Callable[..., TensorDict]) -> list[Tensor]:
+    """The leaves, as `[n, d]`, of part of a seed for each of `keys` `[n]`, which belong to the hosts with keys `of`
+    `[n]`. `init(host=, keys=)` makes them for one shape of hosts; a narrow host's are padded."""
+    part = init(host=host, keys=keys)
+    if len(shapes(host)) > 1:
+        part = assemble(shapes(host), shape_of(host, of), part, lambda own, rows: init(host=own, keys=keys[rows]))
+    return [leaf.reshape(keys.shape[0], -1) for leaf in _leaves(part)]
 
 
-def uproot(bank: TensorDict, slots: tuple[str, ...], removed: Tensor, planted: Tensor) -> TensorDict:
-    """Zero the seeds of the slots where `removed` `[N, S]`; `planted` int64 `[N, S]` are the blueprints that stood
-    there, -1 for none, numbered as the bank lists them. All else in the bank is zero already."""
-    kinds = torch.where(removed.cpu(), planted.cpu(), -1)
-    for j, slot in enumerate(slots):
-        names = list(bank[slot].keys())
-        for b in kinds[:, j].unique().tolist():
-            if b >= 0:
-                rows = (kinds[:, j] == b).nonzero().squeeze(1)
-                bank = changed(bank, **{slot: changed(bank[slot], **{names[b]: zero_rows(bank[slot, names[b]], rows)})})
-    return bank
+def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
+    """Zero everything in the slots where `removed` `[N, S]`."""
+    removed = removed.cpu()
+    if not removed.any():
+        return bank
 
+    def cleared(matrix: Tensor) -> Tensor:
+        matrix = matrix.clone()
+        for j, slot in enumerate(layout.slots):
+            rows = removed[:, j].nonzero().squeeze(1).to(matrix.device)
+            matrix[:, layout.columns(slot)].index_fill_(0, rows, 0)
+        return matrix
 
-def write(bank: TensorDict, address: tuple[str, str], rows: Tensor, value: TensorDict) -> TensorDict:
-    """A bank that differs from `bank` in the rows of one (slot, blueprint) entry; everything else is shared."""
-    slot, name = address
-    entry = put_rows(bank[slot, name], rows, value)
-    return changed(bank, **{slot: changed(bank[slot], **{name: entry})})
+    return changed(bank, **{name: cleared(matrix) for name, matrix in bank.items()})

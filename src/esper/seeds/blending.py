@@ -50,7 +50,7 @@ def gate_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
             },
         },
         batch_size=keys.shape,
-    ).auto_batch_size_(keys.dim())
+    )
 
 
 def gate_parameter_count(channels: int) -> int:

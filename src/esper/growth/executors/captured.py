@@ -135,7 +135,7 @@ class CapturedExecutor:
         table, scorer = as_table(plan, self.spec).only_live(), self._scorer
         wanted = coalitions.room_for(self.spec, table)
         if scorer is not None and scorer.carry.tree.room.holds(wanted):
-            fresh = self.stacked.start_evaluation(growth, table, scorer.carry.tree.room)
+            fresh = self.stacked.start_evaluation(growth, table, scorer.carry.tree.room, scorer.carry)
             _copy(_scored(scorer.carry), _scored(fresh))
             scorer.carry.tree, scorer.carry.seating, scorer.carry.seen = fresh.tree, fresh.seating, 0
         else:
@@ -266,8 +266,8 @@ def _own_results(carry: Training) -> Training:
 
 def _scored(carry: Scoring) -> list[Tensor]:
     """Everything scoring reads and counts, in a fixed order."""
-    trees = [leaf for tree in (carry.params, carry.statistics, carry.seeds) for leaf in leaves(tree)]
-    return [carry.data, carry.seats, *trees, carry.alpha, carry.correct, carry.differ, carry.loss]
+    host = [leaf for tree in (carry.params, carry.statistics) for leaf in leaves(tree)]
+    return [carry.data, carry.seats, *host, carry.seeds, carry.alpha, carry.correct, carry.differ, carry.loss]
 
 
 def _owned(carry: Scoring) -> Scoring:

@@ -18,6 +18,7 @@ from torch.func import vmap
 
 from esper.growth.executors import base
 from esper.growth.executors.grafting import branch, select_rows
+from esper.growth.executors.packing import Layout, layout, pack
 from esper.growth.executors.seating import (
     Capacity,
     Seating,
@@ -29,7 +30,7 @@ from esper.growth.executors.seating import (
     seat_plan,
     upload,
 )
-from esper.growth.executors.seeds import gather, grow, select, strength
+from esper.growth.executors.seeds import addresses, fetch, grow, numbered, seat_columns, select, strength
 from esper.growth.forward import correct, mean_loss
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tree
@@ -95,8 +96,10 @@ class Coalitions:
 class Scoring:
     """A stack of hosts being scored: the tree, what runs in it, and the counts so far.
 
-    `params`, `statistics` `[N, ...]` and `seeds` are the growth state's. `levels` has what each part of the tree runs
-    with: `params` and `statistics` of its rows, and the `seeds` of the branches at its end.
+    `params` and `statistics` `[N, ...]` are the growth state's. `seeds` `[T]` are those on all seats, packed as
+    `layout` says; `rows` and `columns` `[T]` tell the seat and the column of the bank that each number belongs to.
+    `levels` has what each part of the tree runs with: `params` and `statistics` of its rows, and the `seeds` of the
+    branches at its end.
     """
 
     tree: Coalitions
@@ -105,7 +108,10 @@ class Scoring:
     seats: Tensor
     params: Tree
     statistics: Tree
-    seeds: Tree
+    layout: Layout
+    rows: Tensor
+    columns: Tensor
+    seeds: Tensor
     alpha: Tensor
     correct: Tensor
     differ: Tensor
@@ -184,11 +190,22 @@ def _groups(live: Table, hosts: Tensor, slot: int, kinds: int) -> list[Tensor]:
     return [(kind == b).nonzero().squeeze(1) for b in range(kinds)]
 
 
-def start(spec: GrowthSpec, growth: TensorDict, table: Table, room: Room, device: torch.device) -> Scoring:
-    """Nothing scored yet; `table` is a plan of live seeds."""
+def start(
+    spec: GrowthSpec, growth: TensorDict, table: Table, room: Room, device: torch.device, alike: Scoring | None = None
+) -> Scoring:
+    """Nothing scored yet; `table` is a plan of live seeds. `alike` was started with as much room."""
     seating = seat_plan(table, room.seeds, device)
     tree = lay_out(table, seating.seat, room, device)
     n, n_slots = table.blueprint.shape
+    if alike is None:
+        seeds = seat_columns(spec, room.seeds, device)
+        held = layout(numbered(spec, seeds, room.seeds, 0), seeds)
+        rows = held.rows(device)
+        columns = pack(seeds) if seeds else rows
+    else:
+        held, rows, columns = alike.layout, alike.rows, alike.columns
+    owner = torch.cat([s.source for s in seating.slots(seating.data)])
+    address = addresses(owner, rows, columns, spec.bank.width)
     return Scoring(
         tree=tree,
         data=tree.data,
@@ -196,7 +213,10 @@ def start(spec: GrowthSpec, growth: TensorDict, table: Table, room: Room, device
         seats=seating.data,
         params=as_tree(growth["host", "params"]),
         statistics=as_tree(growth["host", "statistics"]),
-        seeds=gather(spec, growth["seeds"], seating.slots(seating.data), "params"),
+        layout=held,
+        rows=rows,
+        columns=columns,
+        seeds=fetch(growth["seeds", "params"], address),
         alpha=growth["slots", "alpha"],
         correct=torch.zeros(n + sum(map(sum, room.branches)), dtype=torch.int64, device=device),
         differ=torch.zeros(n, n_slots, dtype=torch.int64, device=device),
@@ -208,17 +228,18 @@ def levels(spec: GrowthSpec, scoring: Scoring) -> list[Tree]:
     """Parameters and running statistics of the rows of every level, and the seeds of its branches."""
     branchings, _, _ = scoring.tree.slots(scoring.data)
     params, statistics = scoring.params, scoring.statistics
+    whole = scoring.layout.open(scoring.seeds)
     found: list[Tree] = []
     for slot, b, rooms in zip(spec.slots, branchings, scoring.tree.room.seeds, strict=True):
         seeds: dict[str, Any] = {}
-        if slot in scoring.seeds and b.source.shape[0]:
+        if slot in whole and b.source.shape[0]:
             body, first = {}, 0
             for name, room, seat in zip(spec.blueprints, rooms, b.seat.split(b.capacity), strict=True):
                 if seat.shape[0]:
                     # Branches that are not there name seat 0, which another blueprint may own.
-                    body[name] = select(scoring.seeds[slot]["body"][name], (seat - first).clamp(min=0))
+                    body[name] = select(whole[slot]["body"][name], (seat - first).clamp(min=0))
                 first += room
-            seeds = {"gate": select(scoring.seeds[slot]["gate"], b.seat), "body": body}
+            seeds = {"gate": select(whole[slot]["gate"], b.seat), "body": body}
         found.append({"params": params, "statistics": statistics, "seeds": seeds})
         params, statistics = select(scoring.params, b.hosts), select(scoring.statistics, b.hosts)
     return [*found, {"params": params, "statistics": statistics, "seeds": {}}]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from esper.growth import optim, precision
 from esper.growth.executors import base
+from esper.growth.executors.packing import pack
 from esper.growth.forward import (
     BATCHNORM_MOMENTUM,
     coalition_logits,
@@ -33,7 +34,6 @@ from esper.growth.plan import HostPlan, Mode, Plan, SlotPlan, live_slots
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
-from esper.seeds.bank import write
 from esper.values import changed
 
 
@@ -93,14 +93,15 @@ class LoopExecutor(base.Roomless):
 
     def begin(self, growth: TensorDict, plan: Plan) -> list[_Training]:
         host, bank = growth["host"], growth["seeds"]
+        kinds = self.spec.bank.kinds
 
         def start(i: int) -> _Training:
             params = tree_map(_leaf, as_tree(host["params"][i]))
             seeds, moments = [], []
             for slot, entry in zip(self.spec.slots, plan[i], strict=True):
-                kind = None if entry is None else bank[slot, entry.blueprint][i]
-                seeds.append(None if kind is None else tree_map(_leaf, as_tree(kind["params"])))
-                moments.append([] if kind is None else [m.clone() for m in leaves(as_tree(kind["moments"]))])
+                kind = None if entry is None else kinds[slot, entry.blueprint]
+                seeds.append(None if kind is None else tree_map(_leaf, kind.open(bank["params"][i])))
+                moments.append([] if kind is None else [m.clone() for m in leaves(kind.open(bank["moments"][i]))])
             return _Training(
                 plan[i],
                 params,
@@ -151,19 +152,22 @@ class LoopExecutor(base.Roomless):
             },
             batch_size=[n],
         )
-        bank = growth["seeds"]
-        for j, slot in enumerate(self.spec.slots):
-            for name in self.spec.blueprints:
-                rows = [i for i, c in enumerate(carry) if _blueprint(c.plan[j]) == name]
-                if rows:
-                    value = {
-                        "params": _stack([carry[i].seeds[j] for i in rows]),
-                        "moments": _stack([like(carry[i].seeds[j], iter(carry[i].seed_moments[j])) for i in rows]),
-                    }
-                    bank = write(bank, (slot, name), torch.tensor(rows), TensorDict(value, batch_size=[len(rows)]))
         scales = zip(precision.fresh_scale(self.spec.amp, 1), zip(*(c.scale for c in carry), strict=True), strict=False)
         scale = {name: torch.stack(values) for name, values in scales}
-        return changed(growth, host=host, seeds=bank, **scale), _measurements(carry)
+        return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **scale), _measurements(carry)
+
+    def _banked(self, carry: list[_Training], bank: TensorDict) -> TensorDict:
+        """`bank` with the seeds of all hosts put back."""
+        if not any(any(training.plan) for training in carry):
+            return bank
+        params, moments = bank["params"].clone(), bank["moments"].clone()
+        for i, training in enumerate(carry):
+            for j, (slot, entry) in enumerate(zip(self.spec.slots, training.plan, strict=True)):
+                if entry is not None:
+                    columns = self.spec.bank.kinds[slot, entry.blueprint].columns
+                    params[i, columns] = pack(training.seeds[j])
+                    moments[i, columns] = pack(like(training.seeds[j], iter(training.seed_moments[j])))
+        return changed(bank, params=params, moments=moments)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> list[_Scoring]:
         host, bank = growth["host"], growth["seeds"]
@@ -171,7 +175,7 @@ class LoopExecutor(base.Roomless):
         carry: list[_Scoring] = []
         for i, row in enumerate(plan):
             seeds = [
-                None if entry is None else as_tree(bank[slot, entry.blueprint, "params"][i])
+                None if entry is None else self.spec.bank.kinds[slot, entry.blueprint].open(bank["params"][i])
                 for slot, entry in zip(self.spec.slots, row, strict=True)
             ]
             params = as_tree(host["params"][i])
@@ -205,10 +209,6 @@ class LoopExecutor(base.Roomless):
                 work(i)
         else:
             list(_pool(self.workers).map(work, range(n)))
-
-
-def _blueprint(entry: SlotPlan | None) -> str | None:
-    return None if entry is None else entry.blueprint
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class Layout:
         return like(self.tree, iter(self.pieces(packed)))
 
     def rows(self, device: torch.device) -> Tensor:
-        """The row each number of the vector belongs to, int64 `[T]`."""
+        """The row each number of the vector belongs to, int32 `[T]`: a vector may have a hundred million."""
         found = [
-            (first + torch.arange(shape[0])).repeat_interleave(shape[1:].numel())
+            torch.arange(first, first + shape[0], dtype=torch.int32).repeat_interleave(shape[1:].numel())
             for shape, first in zip(self.shapes, self.first, strict=True)
         ]
-        return torch.cat(found).to(device)
+        return torch.cat([torch.zeros(0, dtype=torch.int32), *found]).to(device)
 
 
 def layout(parts: Sequence[tuple[Tree, int]], tree: Tree) -> Layout:

@@ -1,4 +1,8 @@
-"""The seeds on the seats of a stack: fetched from the bank, run, and put back."""
+"""The seeds on the seats of a stack: fetched from the bank, run, and put back.
+
+All their numbers form one vector, and each comes from a fixed column of the bank. Only the row, the host whose seed
+sits there, changes with the plan; so one operation fetches all seeds, and one puts them back.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.func import vmap
 
-from esper.growth.executors.seating import Capacity, Seating, Seats, upload
+from esper.growth.executors.seating import Capacity
 from esper.growth.spec import GrowthSpec
-from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
+from esper.growth.trees import leaves, like, tree_map
 from esper.hosts import ops
 from esper.hosts.base import Tree
 from esper.seeds import blending
-from esper.values import changed
 
 SlotSeeds = dict[str, Any]
 """The seeds of one slot: `gate`, leaves `[R, ...]`, and `body` by blueprint, leaves `[seats, ...]`."""
 
 
-def gather(spec: GrowthSpec, bank: TensorDict, seats: Sequence[Seats], part: str) -> dict[str, SlotSeeds]:
-    """The `params` or `moments` of the seeds on all seats, by slot. A slot without seats has nothing; a free seat has
-    copies of something."""
+def seat_columns(spec: GrowthSpec, capacity: Capacity, device: torch.device) -> dict[str, SlotSeeds]:
+    """The seeds on all seats, by slot, each number replaced by the bank's column it lies in, int32. A slot without
+    seats has nothing."""
+    number = torch.arange(spec.bank.width, dtype=torch.int32, device=device)
     found: dict[str, SlotSeeds] = {}
-    for slot, place in zip(spec.slots, seats, strict=True):
+    for slot, rooms in zip(spec.slots, capacity, strict=True):
         gates, body = [], {}
-        for name, room, source in zip(spec.blueprints, place.capacity, place.source.split(place.capacity), strict=True):
+        for name, room in zip(spec.blueprints, rooms, strict=True):
             if room:
-                kind = select(as_tree(bank[slot, name, part]), source)
+                kind = _repeated(spec.bank.kinds[slot, name].open(number), room)
                 gates.append(kind["gate"])
                 body[name] = kind["body"]
         if gates:
@@ -39,9 +42,13 @@ def gather(spec: GrowthSpec, bank: TensorDict, seats: Sequence[Seats], part: str
     return found
 
 
+def _repeated(tree: Tree, room: int) -> dict[str, Any]:
+    return tree_map(lambda leaf: leaf.expand(room, *leaf.shape), tree)
+
+
 def numbered(spec: GrowthSpec, seeds: dict[str, SlotSeeds], capacity: Capacity, first: int) -> list[tuple[Tree, int]]:
-    """The parts of `gather`'s result in the order of their leaves, each with the number of its first row; seats are
-    numbered from `first` on."""
+    """The parts of `seat_columns`'s result in the order of their leaves, each with the number of its first row; seats
+    are numbered from `first` on."""
     parts: list[tuple[Tree, int]] = []
     for slot, rooms in zip(spec.slots, capacity, strict=True):
         if slot in seeds:
@@ -53,35 +60,22 @@ def numbered(spec: GrowthSpec, seeds: dict[str, SlotSeeds], capacity: Capacity, 
     return parts
 
 
-def scatter(spec: GrowthSpec, bank: TensorDict, seating: Seating, params: Tree, moments: Tree) -> TensorDict:
-    """A bank with the seeds of all taken seats written back; entries without a seed are shared."""
-    written: dict[str, TensorDict] = {}
-    for slot, rooms, groups in zip(spec.slots, seating.capacity, seating.members, strict=True):
-        entries, first = {}, 0
-        for name, room, members in zip(spec.blueprints, rooms, groups, strict=True):
-            if members.numel():
-                kind = as_tree(bank[slot, name])
-                parts = {
-                    part: _written(kind[part], members, _seated(tree[slot], name, first))
-                    for part, tree in (("params", params), ("moments", moments))
-                }
-                entries[name] = as_tensordict(parts, list(bank.batch_size))
-            first += room
-        if entries:
-            written[slot] = changed(bank[slot], **entries)
-    return changed(bank, **written)
+def addresses(owner: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Where numbers in `columns` `[T]` lie in a bank of that `width`, counted from its first number: int64 `[T]`. They
+    belong to the last `T` of `rows`, and row `r` to host `owner[r]`."""
+    return (owner * width).index_select(0, rows[rows.shape[0] - columns.shape[0] :]) + columns
 
 
-def _seated(seeds: SlotSeeds, name: str, first: int) -> Tree:
-    """The seeds of one blueprint as the bank keeps them; their gates begin at seat `first`."""
-    return {"body": seeds["body"][name], "gate": tree_map(lambda leaf: leaf[first:], seeds["gate"])}
+def fetch(matrix: Tensor, address: Tensor) -> Tensor:
+    """The numbers `[T]` at `address` in a matrix of the bank."""
+    return matrix.flatten().index_select(0, address)
 
 
-def _written(tree: Tree, members: Tensor, values: Tree) -> dict[str, Any]:
-    """A tree of the bank with the first seats of `values` written to the hosts `members`."""
-    old, new, count = leaves(tree), leaves(values), members.shape[0]
-    rows = upload(members, old[0].device)
-    return like(tree, (a.index_copy(0, rows, b[:count].detach()) for a, b in zip(old, new, strict=True)))
+def put_back(matrix: Tensor, address: Tensor, values: Tensor) -> Tensor:
+    """A matrix of the bank with `values` `[T]` at `address`; those behind its end, of free seats, go nowhere."""
+    # To one place too many: to leave them out, it had to be known how many they are, and the device be waited for.
+    longer = torch.cat([matrix.flatten(), matrix.new_zeros(1)])
+    return longer.scatter_(0, address.clamp(max=matrix.numel()), values)[:-1].view_as(matrix)
 
 
 def select(tree: Tree, rows: Tensor) -> dict[str, Any]:

@@ -32,7 +32,16 @@ from esper.growth.executors.seating import (
     seat_plan,
     upload,
 )
-from esper.growth.executors.seeds import SlotSeeds, gather, grow, numbered, scatter, strength
+from esper.growth.executors.seeds import (
+    SlotSeeds,
+    addresses,
+    fetch,
+    grow,
+    numbered,
+    put_back,
+    seat_columns,
+    strength,
+)
 from esper.growth.forward import BATCHNORM_MOMENTUM, correct, mean_loss
 from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
@@ -47,13 +56,15 @@ class Training:
     """A stack of hosts being trained.
 
     `params` and `moments` `[T]` hold hosts and seeds, packed as `layout` says; `rows` `[T]` tells the row each number
-    belongs to and `decay` `[T]` its weight decay. `seats` is the data of the seating on the device.
+    belongs to, `decay` `[T]` its weight decay, and `columns` the column of the bank of each number of the seeds, which
+    are the last of them. `seats` is the data of the seating on the device.
     """
 
     table: Table
     seating: Seating
     layout: Layout
     rows: Tensor
+    columns: Tensor
     decay: Tensor
     seats: Tensor
     params: Tensor
@@ -86,29 +97,31 @@ class StackedExecutor(base.Roomless):
 
     def start(self, growth: TensorDict, table: Table, capacity: Capacity, alike: Training | None = None) -> Training:
         """`begin` with that many seats; `alike` is a carry with as many, whose layout need not be made again."""
-        n = growth.batch_size[0]
+        n, bank = growth.batch_size[0], growth["seeds"]
         seating = seat_plan(table, capacity, self.device)
-        seats = seating.slots(seating.data)
         host = {name: as_tree(growth["host", name]) for name in ("params", "statistics", "moments")}
-        seeds, moments = (gather(self.spec, growth["seeds"], seats, part) for part in ("params", "moments"))
-        tree = {"host": host["params"], "slots": seeds}
-        params = pack(tree)
         if alike is None:
+            seeds = seat_columns(self.spec, capacity, self.device)
+            tree = {"host": host["params"], "slots": seeds}
             held = layout([(host["params"], 0), *numbered(self.spec, seeds, capacity, n)], tree)
             rows = held.rows(self.device)
-            decay = torch.full_like(params, self.spec.seed_weight_decay)
+            columns = pack(seeds) if seeds else rows[:0]
+            decay = torch.full(rows.shape, self.spec.seed_weight_decay, dtype=bank["params"].dtype, device=self.device)
             decay = decay.masked_fill(rows < n, self.spec.host_weight_decay)
         else:
-            held, rows, decay = alike.layout, alike.rows, alike.decay
+            held, rows, columns, decay = alike.layout, alike.rows, alike.columns, alike.decay
+        owner = _by_row(torch.arange(n, device=self.device), [s.source for s in seating.slots(seating.data)])
+        address = addresses(owner, rows, columns, self.spec.bank.width)
         return Training(
             table=table,
             seating=seating,
             layout=held,
             rows=rows,
+            columns=columns,
             decay=decay,
             seats=seating.data,
-            params=params.requires_grad_(),
-            moments=pack({"host": host["moments"], "slots": moments}),
+            params=pack({"host": host["params"], "seeds": fetch(bank["params"], address)}).requires_grad_(),
+            moments=pack({"host": host["moments"], "seeds": fetch(bank["moments"], address)}),
             statistics=tree_map(torch.Tensor.clone, host["statistics"]),
             alpha=growth["slots", "alpha"].clone(),
             loss=torch.zeros(n, dtype=torch.float64, device=self.device),
@@ -145,11 +158,11 @@ class StackedExecutor(base.Roomless):
             if measure:
                 carry.norms = tree_map(row_norms, carry.layout.open(grad))
             slow, fast = upload(host_lr, self.device), upload(seed_lr, self.device)
-            rate = _by_row(slow, [fast[s.source] for s in seats]).to(grad.dtype)[carry.rows]
+            rate = _by_row(slow, [fast[s.source] for s in seats]).to(grad.dtype).index_select(0, carry.rows)
             moments = spec.momentum * carry.moments + (grad + carry.decay * carry.params)
             params = carry.params - rate * moments
             if moving is not None:
-                moves = moving[carry.rows]
+                moves = moving.index_select(0, carry.rows)
                 params, moments = torch.where(moves, params, carry.params), torch.where(moves, moments, carry.moments)
             carry.params, carry.moments = params.detach().requires_grad_(), moments
             carry.statistics = statistics
@@ -171,16 +184,33 @@ class StackedExecutor(base.Roomless):
             },
             batch_size=n,
         )
-        bank = scatter(self.spec, growth["seeds"], carry.seating, params["slots"], moments["slots"])
-        return changed(growth, host=host, seeds=bank, **carry.scale), self._measurements(carry)
+        trained = changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **carry.scale)
+        return trained, self._measurements(carry)
+
+    def _banked(self, carry: Training, bank: TensorDict) -> TensorDict:
+        """`bank` with the seeds on all taken seats put back."""
+        count, n = carry.columns.shape[0], carry.loss.shape[0]
+        if count == 0:
+            return bank
+        # A free seat belongs to nobody: to a host behind the last.
+        owners = [torch.where(s.active > 0, s.source, n) for s in carry.seating.slots(carry.seats)]
+        owner = _by_row(torch.arange(n, device=self.device), owners)
+        address = addresses(owner, carry.rows, carry.columns, self.spec.bank.width)
+        params, moments = (packed.detach()[-count:] for packed in (carry.params, carry.moments))
+        return changed(
+            bank,
+            params=put_back(bank["params"], address, params),
+            moments=put_back(bank["moments"], address, moments),
+        )
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Scoring:
         table = as_table(plan, self.spec).only_live()
         return self.prepare(self.start_evaluation(growth, table, coalitions.room_for(self.spec, table)), calibration)
 
-    def start_evaluation(self, growth: TensorDict, table: Table, room: Room) -> Scoring:
-        """`begin_evaluation` of a plan of live seeds, with that much room and nothing prepared."""
-        return coalitions.start(self.spec, growth, table, room, self.device)
+    def start_evaluation(self, growth: TensorDict, table: Table, room: Room, alike: Scoring | None = None) -> Scoring:
+        """`begin_evaluation` of a plan of live seeds, with that much room and nothing prepared; `alike` is a carry with
+        as much, whose layout need not be made again."""
+        return coalitions.start(self.spec, growth, table, room, self.device, alike)
 
     def prepare(self, carry: Scoring, calibration: Tensor | None) -> Scoring:
         """Bring parameters to the rows that need them and estimate every coalition's statistics."""
@@ -234,7 +264,7 @@ class StackedExecutor(base.Roomless):
         learns = _by_row(
             torch.zeros_like(shadowed[:, 0]), [shadowed[s.source, j] & (s.active > 0) for j, s in enumerate(seats)]
         )
-        tree = carry.layout.open(torch.where(learns[carry.rows], carry.params, carry.params.detach()))
+        tree = carry.layout.open(torch.where(learns.index_select(0, carry.rows), carry.params, carry.params.detach()))
         whole = torch.where(shadowed, torch.ones_like(carry.alpha), carry.alpha)
         inserted = [replace(s, mode=torch.where(shadowed[:, j], BLEND, s.mode)) for j, s in enumerate(seats)]
         logits, _ = self._forward(tree, carry.statistics, inserted, whole, x, keys)
@@ -287,7 +317,7 @@ def _checked(carry: Training, seats: Sequence[Seats], grad: Tensor) -> tuple[Ten
     """
     scale = carry.scale["loss_scale"]
     inverse = 1.0 / _by_row(scale, [scale[s.source] for s in seats])
-    grad = grad * inverse[carry.rows].to(grad.dtype)
+    grad = grad * inverse.index_select(0, carry.rows).to(grad.dtype)
     broken = torch.zeros_like(inverse).index_add(0, carry.rows, (~grad.isfinite()).to(inverse.dtype))
     ok, *fine = (broken == 0).split([scale.shape[0], *(s.source.shape[0] for s in seats)])
     for s, good in zip(seats, fine, strict=True):
@@ -295,4 +325,4 @@ def _checked(carry: Training, seats: Sequence[Seats], grad: Tensor) -> tuple[Ten
         shared = torch.cat([good | (s.learning == 0), torch.ones_like(ok[:1])])[s.seat]
         ok = ok & (shared | (s.mode != BLEND))
     steps = _by_row(ok, [ok[s.source] & good for s, good in zip(seats, fine, strict=True)])
-    return torch.where(steps[carry.rows], grad, torch.zeros_like(grad)), steps, ok
+    return torch.where(steps.index_select(0, carry.rows), grad, torch.zeros_like(grad)), steps, ok

@@ -297,7 +297,7 @@ class _Running(StackedExecutor):
 def score_once(spec: GrowthSpec, scoring: tree.Scoring, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In place of `coalitions.score`: every host once, with all its live seeds. Counts lie in the first rows."""
     n, seats = y.shape[0], scoring.seating.slots(scoring.seats)
-    parts = {"host": scoring.params, "slots": scoring.seeds}
+    parts = {"host": scoring.params, "slots": scoring.layout.open(scoring.seeds)}
     keys = torch.zeros(n, dtype=torch.int64, device=x.device)
     logits, _ = _Running(spec, x.device)._forward(
         parts, scoring.statistics, seats, scoring.alpha, x.expand(n, *x.shape), keys

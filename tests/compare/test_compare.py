@@ -432,7 +432,7 @@ def test_the_controller_of_a_given_run_is_the_one_it_ended_with(
 def test_every_comparison_in_the_repository_takes_a_step(path: Path, tmp_path: Path) -> None:
     """One epoch of one batch for two hosts on a CPU, with the arms that choose nothing."""
     given = CompareConfig.from_json_path(path).to_dict()
-    shared = {**given["training"], "devices": ["cpu"], "max_epochs": 1}
+    shared = {**given["training"], "devices": ["cpu"], "device": "cpu", "max_epochs": 1}
     shared["train_samples"] = shared.get("batch_size", 64)
     few = {**given, "training": shared, "seeds": 2, "arms": [arm for arm in given["arms"] if arm["kind"] == "random"]}
     few["arms"].insert(0, {"kind": "never"})

@@ -62,8 +62,9 @@ class GrowthEnv(EnvBase):
 
     `reset` builds fresh hosts and observes them after one validation pass without training. `step` carries out one
     action per host, trains an epoch, validates all coalitions, ticks the lifecycle, and returns the reward of what
-    happened. After `max_epochs` steps every host is done: truncated, or terminated if the settings say so. A host that the governor rolled back ends its segment
-    (`terminated`); a partial reset lets the restored host go on as a new segment of the same episode.
+    happened. After `max_epochs` steps every host is done: truncated, or terminated if the settings say so. A host that
+    the governor rolled back ends its segment (`terminated`); a partial reset lets the restored host go on as a new
+    segment of the same episode.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ _QUICK = {
     "lr": 1e-3,
     "ppo_updates_per_batch": 8,
     "entropy_coef": 0.01,
+    "episode_end": "terminal",
     "probability_floor": {"slot": 0.02, "blueprint": 0.02, "blend": 0.02},
 }
 """A controller that learns within tens of rollouts (`docs/learning.md`). What is planted, where and how is chosen less

@@ -171,21 +171,96 @@ def test_no_batch_waits_for_the_device(executor: str) -> None:
     runner.finish_evaluation(scoring)
 
 
-@pytest.mark.parametrize(("size", "channels", "out"), [(3, 3, 8), (3, 8, 16), (3, 16, 64), (1, 16, 16)])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_convolution_kernels(size: int, channels: int, out: int, dtype: torch.dtype, bound: float) -> None:
+# (K, C, O, H, W, B): convolutions of hosts and seeds of width 8 as they occur; then images, batches and widths that no
+# block divides.
+CONVOLUTIONS = [
+    (3, 3, 8, 32, 32, 16),
+    (3, 8, 16, 16, 16, 16),
+    (3, 16, 32, 8, 8, 64),
+    (3, 8, 8, 16, 16, 16),
+    (3, 8, 32, 16, 16, 16),
+    (3, 16, 16, 8, 8, 64),
+    (3, 16, 64, 8, 8, 64),
+    (3, 32, 32, 4, 4, 512),
+    (3, 32, 128, 4, 4, 256),
+    (1, 8, 8, 16, 16, 16),
+    (1, 16, 16, 8, 8, 64),
+    (1, 32, 32, 4, 4, 256),
+    (3, 1, 8, 28, 28, 5),
+    (3, 8, 16, 14, 14, 5),
+    (3, 16, 32, 7, 7, 5),
+    (3, 1, 1, 8, 8, 3),
+    (3, 2, 4, 4, 4, 3),
+    (3, 4, 8, 5, 7, 1),
+    (3, 6, 7, 9, 3, 4),
+    (3, 12, 20, 7, 5, 3),
+    (3, 40, 9, 6, 6, 7),
+    (3, 64, 256, 8, 8, 8),
+    (1, 3, 5, 3, 3, 2),
+]
+BOUNDS = [(torch.float32, 3e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)]
+
+
+def check_convolution(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    bound: float,
+    *,
+    depthwise: bool = False,
+    shared: bool = False,
+    wide: bool = False,
+    active: tuple[bool, ...] = (True, True, True),
+) -> None:
+    """A convolution of three hosts and both its gradients against float64, on rows that are active. `shared`: one batch
+    for all hosts; `wide`: features in float32, to be rounded on the way."""
     from esper.hosts import kernels
 
+    size, channels, out, height, width, batch = shape
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(3, 10, channels, 8, 8, generator=generator).double().requires_grad_()
-    w = torch.randn(3, out, channels, size, size, generator=generator).double().requires_grad_()
-    z = torch.stack([F.conv2d(a, b, padding=size // 2) for a, b in zip(x, w, strict=True)])
-    g = torch.randn(z.shape, generator=generator, dtype=torch.float64)
-    dx, dw = torch.autograd.grad(z, (x, w), g)
-    there = [t.detach().to(CUDA, dtype) for t in (x, w, g)]
-    assert apart(kernels.conv(there[0], there[1]), z) <= bound
-    assert apart(kernels.conv_input_grad(there[2], there[1]), dx) <= bound
-    assert apart(kernels.conv_weight_grad(there[0], there[2], size), dw) <= bound
+
+    def random(*dims: int) -> Tensor:
+        return torch.randn(*dims, generator=generator).to(CUDA)
+
+    x = random(1 if shared else 3, batch, channels, height, width).to(torch.float32 if wide else dtype)
+    x = x.expand(3, *x.shape[1:])
+    w = random(3, out, 1 if depthwise else channels, size, size).to(dtype)
+    g = random(3, batch, out, height, width).to(dtype)
+    flags = None if all(active) else torch.tensor(active, device=CUDA).long()
+    y = kernels.conv(x, w, flags)
+    dx = kernels.conv_input_grad(g, w, channels, flags)
+    dw = kernels.conv_weight_grad(x, g, w.shape, flags)
+    assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, torch.float32)
+    for i in (i for i, flag in enumerate(active) if flag):
+        features, weight = x[i].to(dtype).double().requires_grad_(), w[i].double().requires_grad_()
+        z = F.conv2d(features, weight, padding=size // 2, groups=channels if depthwise else 1)
+        exact = torch.autograd.grad(z, (features, weight), g[i].double())
+        for name, found, wanted in zip(("y", "dx", "dw"), (y[i], dx[i], dw[i]), (z, *exact), strict=True):
+            assert found.shape == wanted.shape
+            assert apart(found, wanted) <= (min(bound, 1e-5) if name == "dw" else bound), name
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_convolution_kernels(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
+    check_convolution(shape, dtype, bound)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 16, 16, 16), (3, 32, 32, 4, 4, 64), (3, 12, 12, 7, 5, 3)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_depthwise_convolution_kernels(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
+    check_convolution(shape, dtype, bound, depthwise=True)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_convolution_kernels_of_a_shared_batch_with_rows_left_out(
+    depthwise: bool, channels: int, dtype: torch.dtype, bound: float
+) -> None:
+    shape = (3, channels, channels if depthwise else 16, 7, 9, 6)
+    check_convolution(shape, dtype, bound, depthwise=depthwise, shared=True, wide=True)
+    check_convolution(shape, dtype, bound, depthwise=depthwise, shared=True, active=(False, True, True))
+    check_convolution(shape, dtype, bound, depthwise=depthwise, active=(True, False, True))
 
 
 @pytest.mark.parametrize("pool", [1, 2])

@@ -50,12 +50,12 @@ def is_fused(x: Tensor) -> bool:
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution `[B, C, H, W]` with `[O, C, K, K]`, `K` odd, padded to keep `H` and `W`."""
+    """Convolution of `[B, C, H, W]` with `[O, C, K, K]`, depthwise with `[C, 1, K, K]`. `K` is odd; `H`, `W` stay."""
     if _stacked(x, weight):
         # The features are rounded inside the kernel.
-        result: Tensor = _Conv.apply(x, cast(weight))
+        result: Tensor = _Conv.apply(x, _cast(weight))
         return result
-    return F.conv2d(cast(x), cast(weight), padding=weight.shape[-1] // 2)
+    return F.conv2d(_cast(x), _cast(weight), padding=weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
 
 
 def norm_relu_pool(
@@ -103,7 +103,7 @@ def _stacked(x: Tensor, weight: Tensor) -> bool:
     return is_fused(x) and weight.dtype is not torch.float64 and is_batchedtensor(weight)
 
 
-def cast(tensor: Tensor) -> Tensor:
+def _cast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's type. Under `torch.func.vmap` autocast on a CPU overlooks convolutions."""
     kind = tensor.device.type
     wanted = torch.is_autocast_enabled(kind) and tensor.dtype is not torch.float64
@@ -164,11 +164,9 @@ class _GroupNorm(_Stacked):
 class _StackedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        kernels = _kernels()
-        ctx.dtype, ctx.active = x.dtype, _ACTIVE.get()
-        x = kernels.laid_out(x, w.dtype)
+        ctx.active = _ACTIVE.get()
         ctx.save_for_backward(x, w)
-        return kernels.conv(x, w, ctx.active)
+        return _kernels().conv(x, w, ctx.active)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -176,8 +174,8 @@ class _StackedConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
-            kernels.conv_input_grad(g, w, ctx.active).to(ctx.dtype) if needs_x else None,
-            kernels.conv_weight_grad(x, g, w.shape[-1], ctx.active).to(w.dtype) if needs_w else None,
+            kernels.conv_input_grad(g, w, x.shape[2], ctx.active).to(x.dtype) if needs_x else None,
+            kernels.conv_weight_grad(x, g, w.shape, ctx.active).to(w.dtype) if needs_w else None,
         )
 
 

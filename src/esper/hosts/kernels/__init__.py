@@ -5,7 +5,7 @@ do. Partial sums are written and then added in a fixed order, so results do not 
 with the stack are never specialised: a new size must not compile a new kernel.
 """
 
-from esper.hosts.kernels.convolution import conv, conv_input_grad, conv_weight_grad, laid_out
+from esper.hosts.kernels.convolution import conv, conv_input_grad, conv_weight_grad
 from esper.hosts.kernels.normalisation import (
     activate,
     activate_grad,
@@ -24,6 +24,5 @@ __all__ = [
     "fits_group_norm",
     "group_norm",
     "group_norm_grad",
-    "laid_out",
     "moments",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.hosts import init
 from esper.hosts.base import Tree
-from esper.hosts.ops import cast, conv2d, group_norm
+from esper.hosts.ops import conv2d, group_norm
 from esper.seeds.blueprints.registry import Blueprint, register
 
 _TOPOLOGY = "cnn"
@@ -81,8 +81,7 @@ def _depthwise_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 
 
 def _depthwise(params: Tree, x: Tensor) -> Tensor:
-    y = F.conv2d(cast(x), cast(params["depthwise"]), padding=1, groups=x.shape[-3])
-    y = conv2d(y, _living(params["pointwise"], params["weight"]))
+    y = conv2d(conv2d(x, params["depthwise"]), _living(params["pointwise"], params["weight"]))
     return x + _group_norm(y, params["weight"], params["bias"], relu=True)
 
 

@@ -12,6 +12,7 @@ import torch
 
 import gpu
 import plain
+from esper import tasks
 from esper.data.batches import evaluation_batches
 from esper.growth.executors import coalitions
 from esper.growth.executors.stacked import StackedExecutor
@@ -23,6 +24,8 @@ CPU = torch.device("cpu")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    # The bench adds a task of its own.
+    monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--amp", "off", "--out", str(out), *arguments])
     gpu.main()
     return json.loads(out.read_text())["rows"]

@@ -12,6 +12,7 @@ import torch
 
 import gpu
 import plain
+import surrogate
 from esper import tasks
 from esper.data.batches import evaluation_batches
 from esper.growth.executors import coalitions
@@ -105,3 +106,21 @@ def test_one_pass_scores_what_the_tree_scores_with_all_seeds() -> None:
     once, _, one_loss = gpu.score_once(spec, carry, x, targets)
     torch.testing.assert_close(one_loss, loss)
     assert torch.equal(once[:3], right[carry.tree.leaf[:, -1]])
+
+
+def test_the_surrogate_learns_in_both_ways_to_end_an_episode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", ["surrogate.py", "--smoke", "--out", str(out)])
+    surrogate.main()
+    found = json.loads(out.read_text())
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "never": 1,
+        "schedule": 1,
+        "terminal": 2,
+        "truncated": 2,
+    }
+    assert found["never"][0]["return"] == 0.0  # the twin does the same
+    assert found["schedule"][0]["grown"] > 0.0
+    assert found["schedule"][0]["objective"] > found["never"][0]["objective"]
+    assert found["terminal"][0] == found["truncated"][0]
+    assert found["terminal"][1] != found["truncated"][1]

@@ -18,6 +18,8 @@ from esper.seeds.actions import SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS, OCCUPIED, Stage
 
+_OPS = [op.name for op in Op]
+
 
 def record_step(log: EventLog, result: TensorDict, spec: GrowthSpec, episode: int, epoch: int) -> None:
     """Write the events of one step of all hosts; `result` is what `GrowthEnv` hands its observer, `epoch` the number of
@@ -92,9 +94,6 @@ def _record_host(
         log.write("stabilized", epoch=epoch + 1, validation_loss=metrics["val_loss"][i], **place)
     components = {name: column[i] for name, column in facts["components"].items()}
     log.write("reward", epoch=epoch + 1, op=op, **components, **place)
-
-
-_OPS = [op.name for op in Op]
 
 
 def _record_action(

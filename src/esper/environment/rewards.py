@@ -137,8 +137,8 @@ def contribution_reward(result: TensorDict, settings: RewardSettings, *, termina
     """The shaped reward of the contribution family.
 
     - `objective`: the change of the objective. It sums to the objective reached minus that of the untrained host (with
-      a twin: minus the twin's), so it is what ranks controllers. It is paid as it changes because the end of an episode
-      is a truncation: a value that looks past a lump paid at the end would count it again.
+      a twin: minus the twin's), so it is what ranks controllers. It is paid as it changes because where the end of
+      an episode is a truncation, a value that looks past it would count a lump paid there again.
     - `shaping`: gamma Phi(s') - Phi(s) of the seeds' stages, to point the way (Ng, Harada & Russell 1999).
     - `attribution`: the same with what each seed is credited for as Phi, so that credit shows in the epoch in which
       it is measured and holding a seed for long earns nothing extra. Both potentials are 0 for an empty slot and

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Integers that vary with the number of hosts are never specialised: a new number of rows must not compile a new kernel.
+
 # From so many channels on each tap is a product of its own.
 _PER_TAP = 8
 

@@ -94,20 +94,22 @@ class Surrogate(base.Roomless):
         n, s = growth["slots"].shape
         epoch, key, alpha = int(growth["epoch"][0]), growth["key"], growth["slots", "alpha"]
         scores = base.empty_scores(n, s)
+        scores["seen"].fill_(SEEN)
         if epoch == 0:
-            reached = torch.full((n,), 0.55 * LEVEL)
-        else:
-            risen = 1.0 - 0.45 * torch.exp(torch.tensor(-epoch / 4.0))
-            calm = max(0.05, 1.0 - epoch / self.spec.rules.max_epochs)
-            reached = self.level * risen + JITTER * calm * _draw(key, NOISE, epoch) - self.hurt
+            # Untrained hosts are alike, and have no seeds.
+            scores["correct"].fill_(round(0.0055 * LEVEL * SEEN))
+            scores["loss"] = 3.0 * (SEEN - scores["correct"][:, -1]).double()
+            return scores
+        risen = 1.0 - 0.45 * torch.exp(torch.tensor(-epoch / 4.0))
+        calm = max(0.05, 1.0 - epoch / self.spec.rules.max_epochs)
+        reached = self.level * risen + JITTER * calm * _draw(key, NOISE, epoch) - self.hurt
         live = in_stage(growth["slots"], BLENDED)
         for members in range(2**s):
             inside = torch.tensor([bool(members >> j & 1) for j in range(s)])
-            grown = torch.where(live & inside, self.worth * alpha, 0.0) if epoch else torch.zeros(n, s)
-            missed = torch.where(live & ~inside, self.leaning * alpha, 0.0) if epoch else torch.zeros(n, s)
+            grown = torch.where(live & inside, self.worth * alpha, 0.0)
+            missed = torch.where(live & ~inside, self.leaning * alpha, 0.0)
             accuracy = (reached + (grown - missed).sum(1)).clamp(3.0, 99.8)
             scores["correct"][:, members] = (accuracy / 100.0 * SEEN).round().long()
-        scores["seen"].fill_(SEEN)
         scores["loss"] = 3.0 * (SEEN - scores["correct"][:, -1]).double()
         return scores
 

@@ -20,30 +20,33 @@ from esper.errors import ConfigError
 __all__ = ["PRESETS", "ConfigError", "ScheduleStep", "TrainingConfig", "preset", "read_json"]
 
 _ALL_SLOTS = ["early", "mid", "late"]
-_FINAL = {"episode_end": "terminal"}
-"""A host's accuracy at the end is what counts; a truncated end can teach a policy not to grow (`docs/learning.md`)."""
-
 _QUICK = {
+    "n_envs": 8,
+    "n_episodes": 400,
     "lr": 1e-3,
     "ppo_updates_per_batch": 8,
     "entropy_coef": 0.01,
-    **_FINAL,
     "probability_floor": {"slot": 0.02, "blueprint": 0.02, "blend": 0.02},
 }
 """A controller that learns within tens of rollouts (`docs/learning.md`). What is planted, where and how is chosen less
 and less often as it learns what planting costs; the floors keep these heads from closing meanwhile."""
 
+_CHANGES: dict[str, dict[str, Any]] = {
+    "digits": {"slots": _ALL_SLOTS, **_QUICK},
+    "digits_wide": {"slots": _ALL_SLOTS, **_QUICK},
+    "digits_narrow": {"slots": _ALL_SLOTS, **_QUICK},
+    "digits_deep": {"slots": _ALL_SLOTS, **_QUICK},
+    "synthetic": {"slots": _ALL_SLOTS},
+    "mnist": {"slots": _ALL_SLOTS, **_QUICK},
+    "pydocs": {"slots": _ALL_SLOTS, "n_envs": 8},
+    "cifar10": {"entropy_coef": 0.1},
+    "cifar10_deep": {"entropy_coef": 0.08},
+    "tinystories": {"sparse_reward_scale": 0.5},
+}
+
+# What counts is a host's accuracy at the end, and a truncated end can teach a policy not to grow (docs/learning.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"task": "digits", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
-    "digits_wide": {"task": "digits_wide", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
-    "digits_narrow": {"task": "digits_narrow", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
-    "digits_deep": {"task": "digits_deep", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
-    "synthetic": {"task": "synthetic", "slots": _ALL_SLOTS, **_FINAL},
-    "mnist": {"task": "mnist", "slots": _ALL_SLOTS, "n_envs": 8, "n_episodes": 400, **_QUICK},
-    "pydocs": {"task": "pydocs", "slots": _ALL_SLOTS, "n_envs": 8, **_FINAL},
-    "cifar10": {"task": "cifar10", "entropy_coef": 0.1, **_FINAL},
-    "cifar10_deep": {"task": "cifar10_deep", "entropy_coef": 0.08, **_FINAL},
-    "tinystories": {"task": "tinystories", "sparse_reward_scale": 0.5, **_FINAL},
+    task: {"task": task, "episode_end": "terminal", **changes} for task, changes in _CHANGES.items()
 }
 """What a task's preset changes about the defaults; a preset is called like its task."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -38,11 +40,13 @@ class SmallEnv(EnvBase):
             {key: Binary(shape=(n, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}, shape=(n,)
         )
 
+    @abstractmethod
     def observe(self) -> Tensor:
-        raise NotImplementedError
+        """What every host sees now."""
 
+    @abstractmethod
     def pay(self, action: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What each action is worth now."""
 
     def _state(self) -> dict[str, Tensor]:
         n = self.batch_size[0]

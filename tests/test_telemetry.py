@@ -24,8 +24,11 @@ def test_every_change_of_a_stage_and_every_dropped_seed_is_an_event(tmp_path: Pa
         env.observer = lambda result: steps.append(result.clone())
         env.rollout(12, ScriptedPolicy(random_legal()), break_when_any_done=False)
     # A rollback takes a seed that nothing else happened to.
-    quiet = [r["lived", "stage"].eq(r["after", "stage"]) & r["lived", "blueprint"].ge(0) for r in steps]
-    t = next(t for t, still in enumerate(quiet) if bool(still.any()))
+    still = [
+        (r["before", "stage"] == r["lived", "stage"]) & (r["lived", "stage"] == r["after", "stage"]) for r in steps
+    ]
+    quiet = [same & r["lived", "blueprint"].ge(0) for same, r in zip(still, steps, strict=True)]
+    t = next(t for t, seeds in enumerate(quiet) if bool(seeds.any()))
     steps[t]["governor", "dropped"] |= quiet[t]
     written: list[Event] = []
     with EventLog(tmp_path / "run", {}, "off") as log:

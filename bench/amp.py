@@ -153,7 +153,8 @@ def gradient_ratios(
         carry = executor.begin(growth, make_plan(growth["slots"], spec))
         rates = growth["rates"].cpu()
         carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], True)
-        measured = executor.finish(carry, growth)[1].cpu()
+        executor.finish(carry, growth)
+        measured = executor.measured(carry).cpu()
         size = growth["slots", "parameters"].cpu() / spec.host_parameters
         found.append(measured["seed_norm"] / measured["host_norm"][:, None] / size.sqrt())
     return torch.stack(found)

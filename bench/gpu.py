@@ -201,7 +201,7 @@ def _outcome(executor: Executor, growth: TensorDict, spec: GrowthSpec, x: Tensor
     rates = growth["rates"].cpu()
     for t in range(5):
         carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], t == 4)
-    trained, measured = executor.finish(carry, growth)
+    trained, measured = executor.finish(carry, growth), executor.measured(carry)
     scoring = executor.begin_evaluation(trained, plan, x[0])
     scores = executor.finish_evaluation(executor.evaluate_step(scoring, x[-1], y))
     parts = {"loss": measured["loss"], "scores": scores["loss"], "correct": scores["correct"].double()}

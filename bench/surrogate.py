@@ -82,12 +82,16 @@ class Surrogate(base.Roomless):
     def train_step(self, carry: None, *batch: Any) -> None:
         """Nothing is trained."""
 
-    def finish(self, carry: None, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def finish(self, carry: None, growth: TensorDict) -> TensorDict:
+        """Nothing was trained."""
+        return growth
+
+    def measured(self, carry: None) -> TensorDict:
         """Gradients that open every gate."""
-        measured = base.empty_measurements(*growth["slots"].shape)
+        measured = base.empty_measurements(*self.worth.shape)
         for name in ("host_norm", "seed_norm", "seed_health", "seen"):
             measured[name].fill_(1)
-        return growth, measured
+        return measured
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> TensorDict:
         """The scores, at once."""

@@ -182,7 +182,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
     within = sorted(within[-MEASURED * (epochs - 1) :])
     spent = {part: sum(seconds for at, seconds in spans if began <= at < ended) for part, spans in clock.spent.items()}
     spent["data"] = clock.data * count
-    spent["training"] -= spent["data"]
+    # Scoring is issued while training still runs, so the two cannot be told apart from outside.
+    spent["training and scoring"] = spent.pop("training") + spent.pop("scoring") - spent["data"]
     share = {part: seconds / wall for part, seconds in spent.items()}
     share["lifecycle and rest"] = 1.0 - sum(share.values())
     row |= {

@@ -264,6 +264,13 @@ def test_a_blueprint_of_ones_own_can_be_named_once_it_is_registered() -> None:
         TrainingConfig(blueprints=["mine"])
 
 
+@pytest.mark.parametrize("fields", [{}, {"devices": ["cuda:0"], "executor": "loop"}, {"devices": ["cuda:0", "cpu"]}])
+def test_tf32_needs_recorded_programs(fields: dict[str, object]) -> None:
+    (problem,) = problems_of(amp="tf32", n_envs=2, **fields)
+    assert problem.startswith('amp: "tf32": is for recorded CUDA programs')
+    assert TrainingConfig(amp="tf32", devices=["cuda:0"]).amp == "tf32"
+
+
 def test_the_captured_executor_needs_gpus() -> None:
     (problem,) = problems_of(executor="captured", devices=["cuda:0", "cpu"], n_envs=2)
     assert problem.startswith('executor: "captured": records CUDA programs')

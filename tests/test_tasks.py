@@ -57,6 +57,7 @@ PARAMETERS = {
     "digits_narrow": 163,
     "digits_deep": 1_760,
     "mnist": 496,
+    "mnist_narrow": 163,
     "cifar10": 6_418,
     "cifar10_deep": 99_922,
     "synthetic": 6_418,

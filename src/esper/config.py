@@ -38,6 +38,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "digits_deep": {"slots": _ALL_SLOTS, **_QUICK},
     "synthetic": {"slots": _ALL_SLOTS},
     "mnist": {"slots": _ALL_SLOTS, **_QUICK},
+    "mnist_narrow": {"slots": _ALL_SLOTS, **_QUICK},
     "pydocs": {"slots": _ALL_SLOTS, "n_envs": 8},
     "cifar10": {"entropy_coef": 0.1},
     "cifar10_deep": {"entropy_coef": 0.08},

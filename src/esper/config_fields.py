@@ -171,8 +171,9 @@ class Fields(BaseModel):
     """Whether hosts grow in the learner's process or on Ray workers (`docs/cluster.md`)."""
     executor: Literal["auto", "loop", "stacked", "captured"] = "auto"
     """How the hosts of a device advance: one after another, stacked into one program, or as a recorded CUDA program."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Precision of the hosts' forward pass; everything the policy computes stays in float32."""
+    amp: Literal["off", "tf32", "bf16", "fp16"] = "off"
+    """Precision of the hosts' forward pass; everything the policy computes stays in float32. "tf32" shortens the
+    products of recorded programs' convolutions, as PyTorch's own do on a GPU unless told otherwise."""
 
     # who decides
     controller: Literal["ppo", "heuristic", "random", "never", "schedule"] = "ppo"

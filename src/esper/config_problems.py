@@ -176,6 +176,11 @@ def _devices(config: Fields) -> Iterator[Finding]:
         yield Finding("device", config.device, "must be cpu, cuda or cuda:<index>")
     if config.executor == "captured" and any(not name.startswith("cuda") for name in config.devices):
         yield Finding("executor", config.executor, "records CUDA programs, so every device must be a GPU", ("devices",))
+    if config.amp == "tf32" and (
+        config.executor not in ("auto", "captured") or any(not name.startswith("cuda") for name in config.devices)
+    ):
+        legal = "is for recorded CUDA programs: every device must be a GPU and the executor auto or captured"
+        yield Finding("amp", config.amp, legal, ("devices", "executor"))
     if len(config.devices) > config.n_envs:
         legal = f"at most n_envs ({config.n_envs}) devices, so that each gets a host"
         yield Finding("devices", config.devices, legal, ("n_envs",))

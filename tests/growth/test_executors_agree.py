@@ -43,7 +43,7 @@ def trained(executor: Executor, spec: GrowthSpec, growth: TensorDict, stream: li
     for t, (x, y) in enumerate(stream):
         last = t == len(stream) - 1
         carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], last)
-    return executor.finish(carry, growth)
+    return executor.finish(carry, growth), executor.measured(carry)
 
 
 def scored(executor: Executor, spec: GrowthSpec, growth: TensorDict, x: Tensor, y: Tensor, calibration: Tensor | None):
@@ -163,7 +163,7 @@ def test_free_seats_change_nothing(topology: str, incubation: str) -> None:
             carry = runner.train_step(
                 carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True
             )
-        state, measured = runner.finish(carry, growth)
+        state, measured = runner.finish(carry, growth), runner.measured(carry)
         live = table.only_live()
         room = room_for(spec, live)
         if seats is not capacity:
@@ -195,7 +195,7 @@ def test_free_seats_write_nothing_and_carry_nothing_broken_on() -> None:
             carry = runner.train_step(
                 carry, x, y, growth["rates", "host"], growth["rates", "seed"], growth["key"], True
             )
-        banks.append(runner.finish(carry, growth)[0]["seeds"])
+        banks.append(runner.finish(carry, growth)["seeds"])
     exact, spare = banks
     for name in ("params", "moments"):
         assert spare[name].shape == growth["seeds", name].shape

@@ -74,21 +74,21 @@ def test_a_stack_convolves_and_normalises_in_half_precision_like_one_host(dtype:
 class Coarse(StackedExecutor):
     """An executor whose seeds report gradients a tenth too large in half precision."""
 
-    def finish(self, carry: object, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        growth, measured = super().finish(carry, growth)
+    def measured(self, carry: object) -> TensorDict:
+        measured = super().measured(carry)
         if self.spec.amp != "off":
             measured["seed_norm"] *= 1.1
-        return growth, measured
+        return measured
 
 
 class Broken(StackedExecutor):
     """An executor that loses one host's last layer in half precision."""
 
-    def finish(self, carry: object, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        growth, measured = super().finish(carry, growth)
+    def finish(self, carry: object, growth: TensorDict) -> TensorDict:
+        growth = super().finish(carry, growth)
         if self.spec.amp != "off":
             next(iter(growth["host", "params"].values(True, True)))[0] = float("nan")
-        return growth, measured
+        return growth
 
 
 @pytest.mark.parametrize(("kind", "limits"), [(Coarse, {"ratio of the median slot"}), (Broken, {"no panic"})])

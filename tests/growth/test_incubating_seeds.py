@@ -24,7 +24,7 @@ def epoch(executor, spec, growth):
     for x, y in batches("cnn", growth.batch_size[0]):
         rates = growth["rates", "host"], growth["rates", "seed"]
         carry = executor.train_step(carry, x.float(), y, *rates, growth["key"], True)
-    return executor.finish(carry, growth)
+    return executor.finish(carry, growth), executor.measured(carry)
 
 
 def single(growth):

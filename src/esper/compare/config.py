@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -95,6 +96,9 @@ Several = Annotated[tuple[SlotName, ...], Field(min_length=2), AsTuple, AfterVal
 
 class Grid(_Strict):
     """Every blueprint in every slot from every epoch on, planted and fossilised as soon as that is possible."""
+
+    mixed: bool = False
+    """Where several slots are planted, every combination of blueprints, rather than the same in all of them."""
 
     slots: Annotated[tuple[SlotName | Several, ...], Field(min_length=1), AsTuple] | None = None
     """Slots, or lists of slots that are all planted, one an epoch in the order given. Null for each of the run's slots
@@ -202,13 +206,20 @@ def grid_points(grid: Grid, training: TrainingConfig) -> tuple[Point, ...]:
     """The schedules of a grid: germinate, then fossilise as soon as the gate opens."""
     blueprints = grid.blueprints or training.blueprints or get_task(training.task).blueprints
     groups = tuple((slots,) if isinstance(slots, str) else slots for slots in grid.slots or training.slots)
+
+    def kinds(slots: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+        return product(blueprints, repeat=len(slots)) if grid.mixed else ((b,) * len(slots) for b in blueprints)
+
     return tuple(
         (
-            *(ScheduleStep(epoch=epoch, op="germinate", slot=s, blueprint=blueprint, blend=blend) for s in slots),
+            *(
+                ScheduleStep(epoch=epoch, op="germinate", slot=s, blueprint=b, blend=blend)
+                for s, b in zip(slots, planted, strict=True)
+            ),
             *(ScheduleStep(epoch=epoch, op="fossilize", slot=s) for s in slots),
         )
-        for blueprint in blueprints
         for slots in groups
+        for planted in kinds(slots)
         for blend in grid.blends
         for epoch in grid.epochs
     )

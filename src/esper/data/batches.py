@@ -120,14 +120,16 @@ class SharedBatchIterator:
         """The batch of one group that is `part` of its epoch."""
         samples, train = epoch.samples[:, part], splits.train
         flat = samples.flatten()
-        x = train.inputs.index_select(0, flat).unflatten(0, samples.shape)
         if self.augment:
-            x = augment(x, k.fold(key.unsqueeze(-1), epoch.meetings[:, part]))
+            stored = train.inputs.index_select(0, flat).unflatten(0, samples.shape)
+            x = splits.prepare(augment(stored, k.fold(key.unsqueeze(-1), epoch.meetings[:, part])), self.dtype)
+        else:
+            x = splits.pick(train, samples, self.dtype)
         if epoch.labels is None:
             y = train.targets.index_select(0, flat).unflatten(0, samples.shape)
         else:
             y = epoch.labels.gather(1, samples)
-        return splits.prepare(x, self.dtype), y.to(torch.int64)
+        return x, y.to(torch.int64)
 
 
 class _Epoch(NamedTuple):

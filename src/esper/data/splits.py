@@ -92,6 +92,18 @@ class Splits:
             raise ValueError(f"train_samples: {n_train}; the training split has {len(self.train)}")
         return replace(self, train=Split(self.train.inputs[:n_train], self.train.targets[:n_train]))
 
+    def pick(self, split: Split, samples: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inputs of `samples` (int64, any shape) of one of the splits, prepared: `[*samples.shape, ...]`.
+
+        A GPU fetches and normalises images in one go, to the same bits.
+        """
+        if self.mean is not None and self.std is not None and self.device.type == "cuda" and dtype is torch.float32:
+            # Triton is there only where a GPU is.
+            from esper.data.pick_kernel import pick
+
+            return pick(split.inputs, samples, self.mean, self.std)
+        return self.prepare(split.inputs.index_select(0, samples.flatten()).unflatten(0, samples.shape), dtype)
+
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Stored images `[..., C, H, W]` as normalised `dtype`, or stored tokens `[..., L]` as int64 for any `dtype`.
 

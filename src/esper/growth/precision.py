@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-PRECISIONS = ("off", "bf16", "fp16")
+PRECISIONS = ("off", "tf32", "bf16", "fp16")
 INITIAL_SCALE = 2.0**10
 LARGEST_SCALE = 2.0**16
 SMALLEST_SCALE = 1.0
@@ -26,11 +26,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[None]:
     """The context of the forward pass and the loss. Raises ValueError for an unknown `amp`.
 
+    Under "tf32" all types are those of "off"; only products inside convolutions are shorter (`esper.hosts.ops.fused`).
     Casts of weights are not cached: a cast made while gradients are off would silence every later gradient.
     """
     if amp not in PRECISIONS:
         raise ValueError(f"amp: {amp!r}; legal are {', '.join(PRECISIONS)}")
-    if amp == "off":
+    if amp in ("off", "tf32"):
         return nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[amp], cache_enabled=False)
 

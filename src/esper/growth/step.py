@@ -6,7 +6,7 @@ are read once per phase, after the last batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,8 +118,10 @@ def run_epoch(
         acted.append(state)
         outcomes.append(outcome)
     plans = [make_plan(g["slots"], spec) for g in acted]
-    trained, measurements = train(spec, shards, settings, acted, plans, epoch)
+    trained, measured = train(spec, shards, settings, acted, plans, epoch)
     scores = evaluate(shards, trained, plans, settings, "validation")
+    # Read only now, so that no device waits for its scoring to be issued.
+    measurements = measured()
     metrics = _metrics(scores)
     metrics["train_loss"] = measurements["loss"].float()
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
@@ -179,8 +181,8 @@ def train(
     growth: Sequence[TensorDict],
     plans: Sequence[Plan],
     epoch: int,
-) -> tuple[list[TensorDict], TensorDict]:
-    """Train every host for an epoch; returns the new states and the measurements `[N]` on the CPU.
+) -> tuple[list[TensorDict], Callable[[], TensorDict]]:
+    """Train every host for an epoch; returns the new states and what says the measurements `[N]`, on the CPU.
 
     Gradients are switched on here because collectors step environments with gradients off.
     """
@@ -196,14 +198,15 @@ def train(
     carries = [s.executor.begin(g, plan) for s, g, plan in zip(shards, growth, plans, strict=True)]
     rates = [(g["rates", "host"].cpu(), g["rates", "seed"].cpu()) for g in growth]
     steps = len(batches)
+    keys = [_dropout_keys(g["key"], epoch, steps) for g in growth]
     for t, batch in enumerate(batches):
         share = optim.schedule(spec.lr_schedule, epoch * steps + t, spec.rules.max_epochs * steps)
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
-            keys = _dropout_keys(growth[i]["key"], epoch, t)
             host_lr, seed_lr = rates[i][0] * share, rates[i][1] * share
-            carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, keys, t == steps - 1)
+            carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, keys[i][t], t == steps - 1)
     finished = [s.executor.finish(c, g) for s, c, g in zip(shards, carries, growth, strict=True)]
-    return [state for state, _ in finished], torch.cat([m.cpu() for _, m in finished])
+    parts = list(zip(shards, carries, strict=True))
+    return finished, lambda: torch.cat([s.executor.measured(c).cpu() for s, c in parts])
 
 
 def evaluate(
@@ -281,5 +284,6 @@ def _part(splits: Splits, part: str) -> Split:
     return {"train": splits.train, "validation": splits.validation, "test": splits.test}[part]
 
 
-def _dropout_keys(keys: Tensor, epoch: int, step: int) -> Tensor:
-    return k.fold(keys, Purpose.DROPOUT, epoch, step)
+def _dropout_keys(keys: Tensor, epoch: int, steps: int) -> Tensor:
+    """Keys `[steps, N]` of an epoch's steps."""
+    return k.fold(k.fold(keys, Purpose.DROPOUT, epoch), torch.arange(steps, device=keys.device)[:, None])

@@ -112,4 +112,4 @@ class CNNHost:
         return h, {"blocks": updated}
 
     def head(self, params: Tree, h: Tensor) -> Tensor:
-        return F.linear(h.mean(dim=(2, 3)), params["head"]["weight"], params["head"]["bias"])
+        return F.linear(ops.spatial_mean(h), params["head"]["weight"], params["head"]["bias"])

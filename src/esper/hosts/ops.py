@@ -8,6 +8,7 @@ kernels leave them out, and what stands there afterwards is arbitrary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,20 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-5
+_MOST_SEQUENCES = 65_535
+"""What one launch of attention can hold."""
 _FUSED: ContextVar[bool] = ContextVar("esper_fused", default=False)
+_TF32: ContextVar[bool] = ContextVar("esper_tf32", default=False)
 _ACTIVE: ContextVar[Tensor | None] = ContextVar("esper_active", default=None)
 
 
 @contextmanager
-def fused(enabled: bool = True) -> Iterator[None]:
-    """Let stacks of hosts use the fused kernels within the block."""
-    token = _FUSED.set(enabled)
+def fused(enabled: bool = True, *, tf32: bool = False) -> Iterator[None]:
+    """Let stacks of hosts use the fused kernels within the block; with `tf32` their convolutions, and the gradients of
+    those, may round float32 numbers to tf32."""
+    tokens = _FUSED.set(enabled), _TF32.set(tf32)
     try:
         yield
     finally:
-        _FUSED.reset(token)
+        _FUSED.reset(tokens[0])
+        _TF32.reset(tokens[1])
 
 
 @contextmanager
@@ -83,13 +90,41 @@ def norm_relu_pool(
     return (F.max_pool2d(h, pool) if pool > 1 else h), mean, var
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
-    """GroupNorm of `[B, C, H, W]` with affine `[C]`, followed by ReLU if asked for."""
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, relu: bool = False, onto: Tensor | None = None
+) -> Tensor:
+    """GroupNorm of `[B, C, H, W]` with affine `[C]`, followed by ReLU if asked for, and added `onto` features of the
+    same shape if there are any."""
     if _stacked(x, weight) and _kernels().fits_group_norm(x.shape[1], groups, x.shape[2] * x.shape[3]):
-        result: Tensor = _GroupNorm.apply(x, groups, weight, bias, relu)
+        result: Tensor = _GroupNorm.apply(x, groups, weight, bias, relu, onto)
         return result
     result = F.group_norm(x, groups, weight, bias, EPS)
-    return F.relu(result) if relu else result
+    result = F.relu(result) if relu else result
+    return result if onto is None else onto + result
+
+
+def spatial_mean(x: Tensor) -> Tensor:
+    """The mean over the pixels of `[B, C, H, W]`. In a stack, rows that are not `active` have the mean 0."""
+    if is_fused(x) and is_batchedtensor(x):
+        result: Tensor = _SpatialMean.apply(x)
+        return result
+    return x.mean(dim=(-2, -1))
+
+
+def causal_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights `[B, heads, L, L]` of queries and keys `[B, heads, L, D]`, on oneself and one's past."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    length = scores.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention `[B, heads, L, D]` of queries to themselves and their past."""
+    if is_fused(q) and is_batchedtensor(q):
+        result: Tensor = _Attention.apply(q, k, v)
+        return result
+    return causal_weights(q, k) @ v
 
 
 def _kernels() -> ModuleType:
@@ -154,19 +189,46 @@ class _NormActivate(_Stacked):
 class _GroupNorm(_Stacked):
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        groups: int,
+        weight: Tensor,
+        bias: Tensor,
+        relu: bool,
+        onto: Tensor | None,
     ) -> tuple[Tensor, int]:
         dims = (in_dims[0], in_dims[2], in_dims[3])
         x, weight, bias = _stack(info, dims, x, weight, bias)
-        return _StackedGroupNorm.apply(x, groups, weight, bias, relu), 0
+        if onto is not None:
+            (onto,) = _stack(info, (in_dims[5],), onto)
+        return _StackedGroupNorm.apply(x, groups, weight, bias, relu, onto), 0
+
+
+class _SpatialMean(_Stacked):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor) -> tuple[Tensor, int]:
+        return _StackedSpatialMean.apply(*_stack(info, in_dims, x)), 0
+
+
+class _Attention(_Stacked):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
+        q, k, v = (t.flatten(0, 1) for t in _stack(info, in_dims, q, k, v))
+        # One block of keys at a time adds to a query's gradient, so sums do not depend on scheduling.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+            parts = zip(*(t.split(_MOST_SEQUENCES) for t in (q, k, v)), strict=True)
+            mixed = [F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts]
+        whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return whole.unflatten(0, (info.batch_size, -1)), 0
 
 
 class _StackedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.active = _ACTIVE.get()
+        ctx.active, ctx.tf32 = _ACTIVE.get(), _TF32.get()
         ctx.save_for_backward(x, w)
-        return _kernels().conv(x, w, ctx.active)
+        return _kernels().conv(x, w, ctx.active, ctx.tf32)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -174,8 +236,8 @@ class _StackedConv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
-            kernels.conv_input_grad(g, w, x.shape[2], ctx.active).to(x.dtype) if needs_x else None,
-            kernels.conv_weight_grad(x, g, w.shape, ctx.active).to(w.dtype) if needs_w else None,
+            kernels.conv_input_grad(g, w, x.shape[2], ctx.active, ctx.tf32).to(x.dtype) if needs_x else None,
+            kernels.conv_weight_grad(x, g, w.shape, ctx.active, ctx.tf32).to(w.dtype) if needs_w else None,
         )
 
 
@@ -199,15 +261,29 @@ class _StackedNormActivate(torch.autograd.Function):
 
 class _StackedGroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool, onto: Tensor | None
+    ) -> Tensor:
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         ctx.groups, ctx.relu, ctx.active = groups, relu, _ACTIVE.get()
-        out, saved = _kernels().group_norm(x, groups, weight, bias, relu, EPS, ctx.active)
+        out, saved = _kernels().group_norm(x, groups, weight, bias, relu, EPS, onto, ctx.active)
         ctx.save_for_backward(x, weight, bias, saved)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         dx, dw, db = _kernels().group_norm_grad(x, ctx.groups, weight, bias, saved, g, ctx.relu, ctx.active)
-        return dx, None, dw, db, None
+        return dx, None, dw, db, None, g if ctx.needs_input_grad[5] else None
+
+
+class _StackedSpatialMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return _kernels().spatial_mean(x, _ACTIVE.get())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        height, width = ctx.shape[-2:]
+        return (g / (height * width))[..., None, None].expand(ctx.shape)

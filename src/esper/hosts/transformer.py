@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper import keys as k
-from esper.hosts import init
+from esper.hosts import init, ops
 from esper.hosts.base import Site, Tree
 
 _SITE_NAMES = ("early", "mid", "late")
@@ -37,15 +37,14 @@ def dropout(h: Tensor, rate: float, key: Tensor | None) -> Tensor:
 def causal_attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Tensor | None = None) -> Tensor:
     """Self-attention in which a position sees itself and its past: `[B, L, 3 D]` to `[B, L, D]`.
 
-    Dropout acts on the attention weights. The weights are spelled out because torch's fused kernel draws dropout from
-    the global generator and has no rule for vmap on the CPU.
+    Dropout acts on the attention weights. Where there is any, they are spelled out, because torch's fused kernel draws
+    from the global generator.
     """
     q, key_features, v = qkv.unflatten(-1, (3, n_head, -1)).transpose(1, 3).unbind(2)
-    scores = q @ key_features.mT / math.sqrt(q.shape[-1])
-    length = scores.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    mixed: Tensor = dropout(weights, rate, key) @ v
+    if key is None or rate == 0.0:
+        mixed = ops.causal_attention(q, key_features, v)
+    else:
+        mixed = dropout(ops.causal_weights(q, key_features), rate, key) @ v
     return mixed.transpose(1, 2).flatten(-2)
 
 

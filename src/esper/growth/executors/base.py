@@ -1,9 +1,10 @@
 """The interface of executors: how the pure per-host forward is run over the hosts of one device.
 
 An epoch is a conversation: `begin` takes the growth state and the plan, `train_step` is called once per batch, `finish`
-returns the new growth state with what was measured. Evaluation has the same three parts. Between `begin` and `finish`
-the carry belongs to the executor, which may update it in place (a loop over tensors, the static buffers of a captured
-graph); the growth state passed to `begin` is never touched. Every executor gives the same numbers; tests compare them.
+returns the new growth state and `measured`, any time before the next `begin`, what was measured. Evaluation has the
+first three parts. From `begin` on the carry belongs to the executor, which may update it in place (a loop over tensors,
+the static buffers of a captured graph); the growth state passed to `begin` is never touched. Every executor gives the
+same numbers; tests compare them.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ class Executor(Protocol):
         """
         ...
 
-    def finish(self, carry: Carry, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
-        """The new growth state (the one passed to `begin`, trained) and the measurements of `empty_measurements`."""
+    def finish(self, carry: Carry, growth: TensorDict) -> TensorDict:
+        """The new growth state: the one passed to `begin`, trained."""
+        ...
+
+    def measured(self, carry: Carry) -> TensorDict:
+        """The measurements of `empty_measurements`, after `finish`. Waits for the device."""
         ...
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Carry:

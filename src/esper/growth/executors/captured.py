@@ -19,7 +19,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper.growth import precision
 from esper.growth.executors import coalitions
 from esper.growth.executors.base import Rooms
 from esper.growth.executors.coalitions import Room, Scoring
@@ -29,7 +28,6 @@ from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import leaves, tree_map
 from esper.hosts.base import Tree
-from esper.hosts.ops import fused
 
 Pool = Any
 """A handle of memory that recordings share."""
@@ -128,8 +126,11 @@ class CapturedExecutor:
             carry.carry.norms = tree_map(torch.Tensor.clone, carry.norms)
         return carry
 
-    def finish(self, carry: _Trainer, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def finish(self, carry: _Trainer, growth: TensorDict) -> TensorDict:
         return self.stacked.finish(_own_results(carry.carry), growth)
+
+    def measured(self, carry: _Trainer) -> TensorDict:
+        return self.stacked.measured(carry.carry)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> _Scorer:
         table, scorer = as_table(plan, self.spec).only_live(), self._scorer
@@ -182,7 +183,7 @@ class CapturedExecutor:
         return self._record(step, _state(trainer.carry), trainer.pool)
 
     def _add_scores(self, carry: Scoring, x: Tensor, y: Tensor) -> None:
-        with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.stacked.kernels):
+        with torch.no_grad(), self.stacked.operators():
             right, differ, loss = coalitions.score(self.spec, carry, x, y)
             carry.correct.add_(right)
             carry.differ.add_(differ)

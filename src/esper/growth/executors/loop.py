@@ -140,7 +140,7 @@ class LoopExecutor(base.Roomless):
                 host.pending = _pool(self.workers).submit(work, i)
         return carry
 
-    def finish(self, carry: list[_Training], growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def finish(self, carry: list[_Training], growth: TensorDict) -> TensorDict:
         n = len(carry)
         for training in carry:
             training.settle()
@@ -154,7 +154,10 @@ class LoopExecutor(base.Roomless):
         )
         scales = zip(precision.fresh_scale(self.spec.amp, 1), zip(*(c.scale for c in carry), strict=True), strict=False)
         scale = {name: torch.stack(values) for name, values in scales}
-        return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **scale), _measurements(carry)
+        return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **scale)
+
+    def measured(self, carry: list[_Training]) -> TensorDict:
+        return _measurements(carry)
 
     def _banked(self, carry: list[_Training], bank: TensorDict) -> TensorDict:
         """`bank` with the seeds of all hosts put back."""

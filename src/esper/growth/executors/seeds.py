@@ -97,7 +97,10 @@ def grow(spec: GrowthSpec, seeds: SlotSeeds, capacity: Sequence[int], active: Te
 def strength(seeds: SlotSeeds, alpha: Tensor, gated: Tensor, features: Tensor) -> Tensor:
     """How much of each seed is blended in, `[R, B]` (sequences `[R, B, L]`): `alpha` `[R]`, times its gate where
     `gated` `[R]`."""
-    pooled = features.mean(dim=(-2, -1)) if features.dim() == 5 else features
+    pooled = features
+    if features.dim() == 5:
+        with ops.active(gated):
+            pooled = vmap(ops.spatial_mean)(features)
     value = vmap(blending.gate_value)(seeds["gate"], pooled).squeeze(-1)
     wide = (slice(None), *[None] * (value.dim() - 1))
     return alpha[wide] * torch.where(gated[wide] > 0, value, torch.ones_like(value))

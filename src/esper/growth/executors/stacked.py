@@ -7,7 +7,8 @@ blueprint, and every blueprint runs stacked over its seats; what differs between
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,6 +88,12 @@ class StackedExecutor(base.Roomless):
     device: torch.device
     kernels: bool = False
 
+    @contextmanager
+    def operators(self) -> Iterator[None]:
+        """The context in which hosts and seeds run: which operators, at which precision."""
+        with precision.autocast(self.spec.amp, self.device), fused(self.kernels, tf32=self.spec.amp == "tf32"):
+            yield
+
     def begin(self, growth: TensorDict, plan: Plan) -> Training:
         table = as_table(plan, self.spec)
         return self.start(growth, table, self.seats_for(table))
@@ -133,7 +140,7 @@ class StackedExecutor(base.Roomless):
         self, carry: Training, x: Tensor, y: Tensor, host_lr: Tensor, seed_lr: Tensor, keys: Tensor, measure: bool
     ) -> Training:
         spec, seats = self.spec, carry.seating.slots(carry.seats)
-        with precision.autocast(spec.amp, self.device), fused(self.kernels):
+        with self.operators():
             tree = carry.layout.open(carry.params)
             logits, statistics = self._forward(tree, carry.statistics, seats, carry.alpha, x, keys)
             losses = vmap(mean_loss)(logits, y)
@@ -172,7 +179,7 @@ class StackedExecutor(base.Roomless):
         carry.seen += y[0].numel()
         return carry
 
-    def finish(self, carry: Training, growth: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def finish(self, carry: Training, growth: TensorDict) -> TensorDict:
         n = list(growth.batch_size)
         params, moments = (carry.layout.open(packed.detach()) for packed in (carry.params, carry.moments))
         # Copies, because a view would keep the whole vector with all its seats.
@@ -184,8 +191,7 @@ class StackedExecutor(base.Roomless):
             },
             batch_size=n,
         )
-        trained = changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **carry.scale)
-        return trained, self._measurements(carry)
+        return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **carry.scale)
 
     def _banked(self, carry: Training, bank: TensorDict) -> TensorDict:
         """`bank` with the seeds on all taken seats put back."""
@@ -214,14 +220,14 @@ class StackedExecutor(base.Roomless):
 
     def prepare(self, carry: Scoring, calibration: Tensor | None) -> Scoring:
         """Bring parameters to the rows that need them and estimate every coalition's statistics."""
-        with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
+        with torch.no_grad(), self.operators():
             carry.levels = coalitions.levels(self.spec, carry)
             if calibration is not None:
                 carry.levels = coalitions.calibrated(self.spec, carry, calibration)
         return carry
 
     def evaluate_step(self, carry: Scoring, x: Tensor, y: Tensor) -> Scoring:
-        with torch.no_grad(), precision.autocast(self.spec.amp, self.device), fused(self.kernels):
+        with torch.no_grad(), self.operators():
             right, differ, loss = coalitions.score(self.spec, carry, x, y)
         carry.correct, carry.differ, carry.loss = carry.correct + right, carry.differ + differ, carry.loss + loss
         carry.seen += y[0].numel()
@@ -270,7 +276,7 @@ class StackedExecutor(base.Roomless):
         logits, _ = self._forward(tree, carry.statistics, inserted, whole, x, keys)
         return vmap(mean_loss)(logits, y)
 
-    def _measurements(self, carry: Training) -> TensorDict:
+    def measured(self, carry: Training) -> TensorDict:
         n, table = carry.loss.shape[0], carry.table
         result = base.empty_measurements(n, len(self.spec.slots))
         result["loss"][:] = (carry.loss / max(1, carry.steps)).cpu()

@@ -13,6 +13,7 @@ from esper.hosts.kernels.normalisation import (
     group_norm,
     group_norm_grad,
     moments,
+    spatial_mean,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "group_norm",
     "group_norm_grad",
     "moments",
+    "spatial_mean",
 ]

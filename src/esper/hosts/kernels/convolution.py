@@ -55,8 +55,8 @@ def _halves(value):
 
 
 @triton.jit
-def _product(a, b, total):
-    """`total + a @ b`; three tf32 products stand in for a float32 one and keep its accuracy.
+def _product(a, b, total, TF32: tl.constexpr):
+    """`total + a @ b`; three tf32 products stand in for a float32 one and keep its accuracy, unless `TF32` is enough.
 
     Tensor cores cut off what does not fit when they add, 2e-6 after 900 products in float32: a longer sum there must be
     made of several totals, added up outside.
@@ -64,8 +64,9 @@ def _product(a, b, total):
     if a.dtype == tl.float32:
         a_large, a_small = _halves(a)
         b_large, b_small = _halves(b)
-        total = tl.dot(a_small, b_large, total, input_precision="tf32")
-        total = tl.dot(a_large, b_small, total, input_precision="tf32")
+        if not TF32:
+            total = tl.dot(a_small, b_large, total, input_precision="tf32")
+            total = tl.dot(a_large, b_small, total, input_precision="tf32")
         return tl.dot(a_large, b_large, total, input_precision="tf32")
     else:
         return tl.dot(a, b, total)
@@ -75,7 +76,7 @@ def _product(a, b, total):
 def _conv_kernel(
     x, w, out, active, x_host, pixels,
     C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-    BP: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Products `[BP, BT] @ [BT, BO]` of pixels, channels and taps together, and outputs; `w` `[N, O, C, K, K]`."""
     host = tl.program_id(2).to(tl.int64)
@@ -100,7 +101,7 @@ def _conv_kernel(
         inside = ((bits[:, None] >> tap[None, :]) & 1) != 0
         patch = tl.load(source + (start_of[:, None] + shift[None, :]), mask=inside, other=0.0)
         kernel = tl.load(weights[None, :] + t[:, None], mask=(t < C * K * K)[:, None] & (o < O)[None, :], other=0.0)
-        total += _product(patch.to(kernel.dtype), kernel, tl.zeros((BP, BO), dtype=tl.float32))
+        total += _product(patch.to(kernel.dtype), kernel, tl.zeros((BP, BO), dtype=tl.float32), TF32)
     target = out + host * pixels * O + (sample * (O * H * W) + place)[:, None] + (o * (H * W))[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(p < pixels)[:, None] & (o < O)[None, :])
 
@@ -109,7 +110,7 @@ def _conv_kernel(
 def _conv_taps_kernel(
     x, w, out, active, x_host, pixels,
     C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Per tap a product `[BO, BC] @ [BC, BP]` of outputs, channels and pixels; `w` `[N, K * K, O, C]`."""
     host = tl.program_id(2).to(tl.int64)
@@ -132,7 +133,7 @@ def _conv_taps_kernel(
             shift = (tap // K - K // 2) * W + tap % K - K // 2
             patch = tl.load(centre + shift, mask=ok, other=0.0)
             kernel = tl.load(filters + tap * O * C, mask=(o < O)[:, None] & known[None, :], other=0.0)
-            part = _product(kernel, patch.to(kernel.dtype), part)
+            part = _product(kernel, patch.to(kernel.dtype), part, TF32)
         total += part
     target = out + host * pixels * O + (sample * (O * H * W) + place)[None, :] + (o * (H * W))[:, None]
     tl.store(target, total.to(out.dtype.element_ty), mask=(o < O)[:, None] & (p < pixels)[None, :])
@@ -163,7 +164,7 @@ def _conv_depthwise_kernel(
 def _conv_weight_taps_kernel(
     x, g, partial, active, x_host, pixels, steps, chunks,
     C: tl.constexpr, O: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Per tap a product `[BO, BP] @ [BP, BC]`; `g` is read once for all. `partial` `[N, chunks, K * K, O, C]`."""
     host, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -189,9 +190,9 @@ def _conv_weight_taps_kernel(
             shift = (tap // K - K // 2) * W + tap % K - K // 2
             patch = tl.load(centre + shift, mask=ok, other=0.0).to(grad.dtype)
             if grad.dtype == tl.float32:
-                sums = total[tap] + _product(grad, patch, tl.zeros((BO, BC), dtype=tl.float32))
+                sums = total[tap] + _product(grad, patch, tl.zeros((BO, BC), dtype=tl.float32), TF32)
             else:
-                sums = _product(grad, patch, total[tap])
+                sums = _product(grad, patch, total[tap], TF32)
             new = new + (sums,)
         total = new
     target = partial + (host * chunks + chunk) * (O * C * K * K) + (o * C)[:, None] + c[None, :]
@@ -238,10 +239,11 @@ def _conv_weight_direct_kernel(
             tl.store(target + (j * SEEN * K * K + tap), tl.sum(total[tap * BO + j], 0))
 
 
-def conv(x: Tensor, w: Tensor, active: Tensor | None = None) -> Tensor:
+def conv(x: Tensor, w: Tensor, active: Tensor | None = None, tf32: bool = False) -> Tensor:
     """Same-padded convolutions of all hosts: `x` `[N, B, C, H, W]`, `w` `[N, O, C, K, K]`, result in `w`'s dtype.
 
-    `x` may have another dtype (rounded on the way) and may be one batch expanded over hosts.
+    `x` may have another dtype (rounded on the way) and may be one batch expanded over hosts. With `tf32` products of
+    float32 numbers may round them to tf32.
     """
     n, b, c, height, width = x.shape
     o, seen, size = w.shape[1:4]
@@ -258,23 +260,25 @@ def conv(x: Tensor, w: Tensor, active: Tensor | None = None) -> Tensor:
     if c < _PER_TAP:
         _conv_kernel[grid](
             x, w.contiguous(), out, flags, x.stride(0), pixels, c, o, height, width, size,
-            128, block, min(32, max(16, triton.next_power_of_2(c * size * size))), masked, num_stages=1,
+            128, block, min(32, max(16, triton.next_power_of_2(c * size * size))), masked, tf32, num_stages=1,
         )  # fmt: skip
     else:
         _conv_taps_kernel[grid](
             x, w.flatten(3).permute(0, 3, 1, 2).contiguous(), out, flags, x.stride(0), pixels, c, o, height, width,
-            size, 128, block, min(32, max(16, triton.next_power_of_2(c))), masked, num_stages=1,
+            size, 128, block, min(32, max(16, triton.next_power_of_2(c))), masked, tf32, num_stages=1,
         )  # fmt: skip
     return out
 
 
-def conv_input_grad(g: Tensor, w: Tensor, channels: int, active: Tensor | None = None) -> Tensor:
+def conv_input_grad(g: Tensor, w: Tensor, channels: int, active: Tensor | None = None, tf32: bool = False) -> Tensor:
     """Gradient of the inputs of `conv`, of so many channels: a convolution with the transposed, mirrored weights."""
     mirrored = w.flip(-1, -2)
-    return conv(g, mirrored if w.shape[2] < channels else mirrored.transpose(1, 2), active)
+    return conv(g, mirrored if w.shape[2] < channels else mirrored.transpose(1, 2), active, tf32)
 
 
-def conv_weight_grad(x: Tensor, g: Tensor, shape: torch.Size, active: Tensor | None = None) -> Tensor:
+def conv_weight_grad(
+    x: Tensor, g: Tensor, shape: torch.Size, active: Tensor | None = None, tf32: bool = False
+) -> Tensor:
     """Gradient of the weights of `conv`, of their `shape`, in float32."""
     n, b, c, height, width = x.shape
     o, seen, size = shape[1:4]
@@ -302,7 +306,7 @@ def conv_weight_grad(x: Tensor, g: Tensor, shape: torch.Size, active: Tensor | N
     grid, steps, partial = tiles(triton.cdiv(o, 16 * warps) * triton.cdiv(c, part), 64)
     _conv_weight_taps_kernel[grid](
         x, g, partial, flags, x.stride(0), pixels, steps, grid[1], c, o, height, width, size,
-        64, 16 * warps, part, masked, num_warps=warps, num_stages=1,
+        64, 16 * warps, part, masked, tf32, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return partial.sum(1).view(n, size, size, o, c).permute(0, 3, 4, 1, 2)
 

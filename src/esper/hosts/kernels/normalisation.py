@@ -1,4 +1,4 @@
-"""BatchNorm, ReLU and pooling, and GroupNorm and ReLU, of stacks of hosts.
+"""BatchNorm, ReLU and pooling, GroupNorm and ReLU, and means over pixels, of stacks of hosts.
 
 Letters: `N` hosts, `B` samples, `C` channels, `H`, `W` pixels, `P` side of the pooling window. Batch statistics are
 merged from exact partial moments; normalisation, ReLU and pooling are one pass forward and two backward. Where
@@ -171,8 +171,8 @@ def _activate_grad_kernel(
 
 @triton.jit
 def _group_norm_kernel(
-    z, weight, bias, out, saved, active, B, EPS: tl.constexpr,
-    C: tl.constexpr, G: tl.constexpr, AREA: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr,
+    z, weight, bias, onto, out, saved, active, B, EPS: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    AREA: tl.constexpr, RELU: tl.constexpr, ADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     MEMBERS: tl.constexpr = C // G
     host, row = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -189,6 +189,9 @@ def _group_norm_kernel(
     result = centred * inverse * scale[:, None] + shift[:, None]
     if RELU:
         result = tl.where(result < 0, 0.0, result)
+    if ADDED:
+        # Rounded before the sum, as it would be without the fusion.
+        result = tl.load(onto + at).to(tl.float32) + result.to(z.dtype.element_ty).to(tl.float32)
     tl.store(out + at, result.to(out.dtype.element_ty))
     tl.store(saved + (host * B * G + row) * 2, mean)
     tl.store(saved + (host * B * G + row) * 2 + 1, inverse)
@@ -220,6 +223,21 @@ def _group_norm_grad_kernel(
     target = sums + (host * B + row // G) * (2 * C) + channel
     tl.store(target, bias_sum)
     tl.store(target + C, scale_sum)
+
+
+@triton.jit
+def _spatial_mean_kernel(
+    x, out, active, planes, AREA: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    host = tl.program_id(1).to(tl.int64)
+    plane, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDE)
+    wanted = plane < planes
+    if MASKED:
+        wanted = wanted & (tl.load(active + host) != 0)
+    source = x + (host * planes + plane)[:, None] * AREA + i[None, :]
+    value = tl.load(source, mask=wanted[:, None] & (i < AREA)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(value, 1) / AREA
+    tl.store(out + host * planes + plane, mean.to(out.dtype.element_ty), mask=plane < planes)
 
 
 def moments(z: Tensor, weight: Tensor, bias: Tensor, eps: float, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -274,19 +292,27 @@ def activate_grad(
 
 
 def group_norm(
-    z: Tensor, groups: int, weight: Tensor, bias: Tensor, relu: bool, eps: float, active: Tensor | None = None
+    z: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+    eps: float,
+    onto: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """GroupNorm of `z` `[N, B, C, H, W]` with affine `[N, C]`, then ReLU if asked for.
+    """GroupNorm of `z` `[N, B, C, H, W]` with affine `[N, C]`, then ReLU if asked for, added `onto` features if given.
 
     Also returns float32 `[N, B, groups, 2]`: the mean and the inverse deviation of every group.
     """
     n, b, c, height, width = z.shape
-    out = torch.empty_like(z)
+    below = z if onto is None else onto.contiguous()
+    out = torch.empty_like(z, dtype=torch.promote_types(z.dtype, below.dtype))
     saved = torch.empty(n, b, groups, 2, dtype=torch.float32, device=z.device)
     area = height * width
     _group_norm_kernel[(b * groups, n)](
-        z, weight, bias, out, saved, _flags(active, z), b, eps, c, groups, area, relu, active is not None,
-        num_warps=_warps(c // groups * area),
+        z, weight, bias, below, out, saved, _flags(active, z), b, eps, c, groups, area, relu, onto is not None,
+        active is not None, num_warps=_warps(c // groups * area),
     )  # fmt: skip
     return out, saved
 
@@ -311,6 +337,19 @@ def group_norm_grad(
     )  # fmt: skip
     total = sums.sum(1)
     return out, total[:, 1], total[:, 0]
+
+
+def spatial_mean(x: Tensor, active: Tensor | None = None) -> Tensor:
+    """Means over the pixels of `x` `[N, B, C, H, W]`; 0 in rows that are left out."""
+    n, b, c, height, width = x.shape
+    x, area = x.contiguous(), height * width
+    wide = triton.next_power_of_2(area)
+    block = max(1, 2048 // wide)
+    out = torch.empty(n, b, c, dtype=x.dtype, device=x.device)
+    _spatial_mean_kernel[(triton.cdiv(b * c, block), n)](
+        x, out, _flags(active, x), b * c, area, wide, block, active is not None
+    )
+    return out
 
 
 def _flags(active: Tensor | None, any_tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.hosts import init
 from esper.hosts.base import Tree
-from esper.hosts.ops import conv2d, group_norm
+from esper.hosts.ops import conv2d, group_norm, spatial_mean
 from esper.seeds.blueprints.registry import Blueprint, register
 
 _TOPOLOGY = "cnn"
@@ -33,8 +33,8 @@ def _pack(keys: Tensor, leaves: dict[str, object]) -> TensorDict:
     return TensorDict(leaves, batch_size=keys.shape)
 
 
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
-    return group_norm(x, norm_groups(x.shape[-3]), weight, bias, relu=relu)
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False, onto: Tensor | None = None) -> Tensor:
+    return group_norm(x, norm_groups(x.shape[-3]), weight, bias, relu=relu, onto=onto)
 
 
 def _living(filters: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _attention_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 
 
 def _attention(params: Tree, x: Tensor) -> Tensor:
-    squeezed = F.relu(F.linear(x.mean(dim=(-2, -1)), params["down"]))
+    squeezed = F.relu(F.linear(spatial_mean(x), params["down"]))
     return x * torch.sigmoid(F.linear(squeezed, params["up"]))[..., None, None]
 
 
@@ -82,20 +82,20 @@ def _depthwise_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDi
 
 def _depthwise(params: Tree, x: Tensor) -> Tensor:
     y = conv2d(conv2d(x, params["depthwise"]), _living(params["pointwise"], params["weight"]))
-    return x + _group_norm(y, params["weight"], params["bias"], relu=True)
+    return _group_norm(y, params["weight"], params["bias"], relu=True, onto=x)
 
 
 def _conv_light_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
     return _pack(keys, {"conv": init.conv_weight(keys, channels, channels, 3, dtype), **_affine(keys, channels, dtype)})
 
 
-def _conv_unit(params: Tree, x: Tensor) -> Tensor:
+def _conv_unit(params: Tree, x: Tensor, onto: Tensor | None = None) -> Tensor:
     y = conv2d(x, _living(params["conv"], params["weight"]))
-    return _group_norm(y, params["weight"], params["bias"], relu=True)
+    return _group_norm(y, params["weight"], params["bias"], relu=True, onto=onto)
 
 
 def _conv_light(params: Tree, x: Tensor) -> Tensor:
-    return x + _conv_unit(params, x)
+    return _conv_unit(params, x, onto=x)
 
 
 def _conv_heavy_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
@@ -109,7 +109,7 @@ def _conv_heavy_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorD
 
 
 def _conv_heavy(params: Tree, x: Tensor) -> Tensor:
-    return x + _conv_unit(params["second"], _conv_unit(params["first"], x))
+    return _conv_unit(params["second"], _conv_unit(params["first"], x), onto=x)
 
 
 def _conv_expand_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:
@@ -132,7 +132,7 @@ def _conv_expand(params: Tree, x: Tensor) -> Tensor:
     y = conv2d(x, _living(params["up"], params["up_weight"]))
     y = _group_norm(y, params["up_weight"], params["up_bias"], relu=True)
     y = conv2d(y, _living(params["down"], params["down_weight"]))
-    return x + _group_norm(y, params["down_weight"], params["down_bias"])
+    return _group_norm(y, params["down_weight"], params["down_bias"], onto=x)
 
 
 def _noop_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:

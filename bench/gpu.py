@@ -263,7 +263,7 @@ def _beside(row: Row, images_per_second: float) -> None:
 
 
 def coalitions(bench: Bench, row: Row) -> None:
-    """Validation with all coalitions, statistics re-estimated, against one pass with running statistics."""
+    """Validation with all coalitions, statistics re-estimated for each, against single passes."""
     n, amp = row["n"], row["amp"]
     spec, settings = make_spec(HOSTS["base8"], amp), EpochSettings(512)
     calibration = calibration_batch(bench.splits, k.root(0), 512)
@@ -277,34 +277,50 @@ def coalitions(bench: Bench, row: Row) -> None:
     row["bare_ms"] = ms("none", None)
     row["eight_ms"] = ms("all", calibration)
     row["over_bare"] = row["eight_ms"] / row["bare_ms"]
-    with patch.object(tree, "score", score_once):
-        row["one_ms"] = ms("all", None)
+    with patch.multiple(tree, score=score_once, calibrated=estimate_once):
+        row["one_ms"], row["one_estimated_ms"] = ms("all", None), ms("all", calibration)
     row["over_one"] = row["eight_ms"] / row["one_ms"]
+    row["over_one_estimated"] = row["eight_ms"] / row["one_estimated_ms"]
 
 
-class _Running(StackedExecutor):
-    """The stacked forward with running statistics."""
+@dataclass(frozen=True)
+class _Pass(StackedExecutor):
+    """The stacked forward of whole hosts; with `momentum` None by running statistics."""
+
+    momentum: float | None = None
 
     def _blocks(
         self, params: Tree, statistics: Tree, h: Tensor, keys: Tensor, start: int, stop: int
     ) -> tuple[Tensor, Tree]:
         def run(p: Tree, s: Tree, features: Tensor) -> tuple[Tensor, Tree]:
-            return self.spec.host.run_blocks(p, s, features, start, stop, momentum=None)
+            return self.spec.host.run_blocks(p, s, features, start, stop, momentum=self.momentum)
 
         return vmap(run)(params, statistics, h)
 
 
-def score_once(spec: GrowthSpec, scoring: tree.Scoring, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of `coalitions.score`: every host once, with all its live seeds. Counts lie in the first rows."""
-    n, seats = y.shape[0], scoring.seating.slots(scoring.seats)
+def _once(spec: GrowthSpec, scoring: tree.Scoring, x: Tensor, momentum: float | None) -> tuple[Tensor, Tree]:
+    """Logits and statistics of every host with all its live seeds."""
+    n, seats = scoring.loss.shape[0], scoring.seating.slots(scoring.seats)
     parts = {"host": scoring.params, "slots": scoring.layout.open(scoring.seeds)}
     keys = torch.zeros(n, dtype=torch.int64, device=x.device)
-    logits, _ = _Running(spec, x.device)._forward(
-        parts, scoring.statistics, seats, scoring.alpha, x.expand(n, *x.shape), keys
+    statistics = scoring.levels[0]["statistics"]
+    return _Pass(spec, x.device, momentum=momentum)._forward(
+        parts, statistics, seats, scoring.alpha, x.expand(n, *x.shape), keys
     )
+
+
+def estimate_once(spec: GrowthSpec, scoring: tree.Scoring, x: Tensor) -> list[Tree]:
+    """In place of `coalitions.calibrated`: the statistics of every host with all its live seeds."""
+    first, *others = scoring.levels
+    return [{**first, "statistics": _once(spec, scoring, x, 1.0)[1]}, *others]
+
+
+def score_once(spec: GrowthSpec, scoring: tree.Scoring, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of `coalitions.score`: every host once, with all its live seeds. Counts lie in the first rows."""
+    logits, _ = _once(spec, scoring, x, None)
     right = correct(logits, y).flatten(1).sum(1)
     losses = vmap(mean_loss)(logits, y).double() * y[0].numel()
-    return F.pad(right, (0, scoring.correct.shape[0] - n)), torch.zeros_like(scoring.differ), losses
+    return F.pad(right, (0, scoring.correct.shape[0] - y.shape[0])), torch.zeros_like(scoring.differ), losses
 
 
 def whole(bench: Bench, row: Row) -> None:

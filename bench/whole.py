@@ -3,7 +3,8 @@
 A run is an ordinary one, `esper.run.train` with the PPO controller, but held in a steady state: its hosts begin with
 blended seeds in half of their slots, and the masks allow only the op that keeps them there. Every host has two seeds
 and one seed in turn, for `SWAP` epochs each and not all at once, so every epoch has other plans; kinds come in turn.
-Where to plant or cull, and how to blend, is left to the policy, which learns as ever.
+Where to plant or cull, and how to blend, is left to the policy, which learns as ever. What it takes to hold a run there
+is not counted.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Clock:
         self.rollouts: list[float] = []
         self.recorded: list[int] = []
         self.spent: dict[str, list[tuple[float, float]]] = {part: [] for _, _, part in PARTS}
+        self.uncounted = 0.0
         self.filled: list[float] = []
         self.live: list[float] = []
         self.accuracy: list[float] = []
@@ -76,21 +78,37 @@ class Clock:
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self.now()
             result = call(*args, **kwargs)
-            self.spent[part].append((start, time.perf_counter() - start))
+            self.spent[part].append((start, self.now() - start))
             if part == "training" and len(self.spent[part]) == 2:
                 self.executors, self.data = {shard.executor for shard in args[1]}, data_seconds(*args)
             return result
 
         return run
 
+    def now(self) -> float:
+        """Seconds, without those that do not count."""
+        return time.perf_counter() - self.uncounted
+
+    def aside(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, with its time not counted."""
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.uncounted += time.perf_counter() - start
+            return result
+
+        return run
+
     def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
-        self.epochs.append(time.perf_counter())
+        self.epochs.append(self.now())
         self.accuracy.append(statistics.mean(accuracies))
 
     def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
-        self.rollouts.append(time.perf_counter())
+        self.rollouts.append(self.now())
         self.recorded.append(sum(getattr(executor, "recorded", 0) for executor in self.executors))
         if len(self.recorded) > MEASURED and self.recorded[-1] == self.recorded[-1 - MEASURED]:
             raise Done
@@ -121,24 +139,20 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def held(observe: Callable[..., TensorDict]) -> Callable[..., TensorDict]:
+def hold(env: GrowthEnv, state: TensorDict, observed: TensorDict) -> TensorDict:
     """What an environment observes, with masks that keep half of its slots filled."""
-
-    def run(env: GrowthEnv, state: TensorDict, is_init: Tensor) -> TensorDict:
-        observed, records = observe(env, state, is_init), env.records()
-        host = torch.arange(len(records))
-        turn = (int(state["epoch"]) + host // 2 % SWAP) // SWAP
-        missing = 2 - (host + turn) % 2 - in_stage(records, OCCUPIED).sum(1)
-        op = torch.where(missing > 0, Op.GERMINATE, torch.where(missing < 0, Op.CULL, Op.WAIT))
-        allowed = observed["mask_op"].cpu() & F.one_hot(op, len(Op)).bool()
-        allowed[:, Op.WAIT] |= ~allowed.any(1)
-        mask = observed["mask_blueprint"]
-        kind = (host + records["planted"].sum(1)) % len(env.spec.blueprints)
-        observed["mask_op"] = allowed.to(mask.device)
-        observed["mask_blueprint"] = F.one_hot(kind, mask.shape[1]).bool().to(mask.device)
-        return observed
-
-    return run
+    records = env.records()
+    host = torch.arange(len(records))
+    turn = (int(state["epoch"]) + host // 2 % SWAP) // SWAP
+    missing = 2 - (host + turn) % 2 - in_stage(records, OCCUPIED).sum(1)
+    op = torch.where(missing > 0, Op.GERMINATE, torch.where(missing < 0, Op.CULL, Op.WAIT))
+    allowed = observed["mask_op"].cpu() & F.one_hot(op, len(Op)).bool()
+    allowed[:, Op.WAIT] |= ~allowed.any(1)
+    mask = observed["mask_blueprint"]
+    kind = (host + records["planted"].sum(1)) % len(env.spec.blueprints)
+    observed["mask_op"] = allowed.to(mask.device)
+    observed["mask_blueprint"] = F.one_hot(kind, mask.shape[1]).bool().to(mask.device)
+    return observed
 
 
 def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str], epochs: int) -> None:
@@ -158,17 +172,22 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
 
     def sample() -> None:
         while not stop.wait(0.05):
-            load.append((time.perf_counter(), statistics.mean(torch.cuda.utilization(d) for d in devices)))
+            load.append((clock.now(), statistics.mean(torch.cuda.utilization(d) for d in devices)))
+
+    fill, masked, observing = clock.aside(filled), clock.aside(hold), GrowthEnv._observe
 
     def start(spec: Any, *args: Any) -> TensorDict:
-        return filled(spec, fresh_growth(spec, *args), "half")
+        return fill(spec, fresh_growth(spec, *args), "half")
+
+    def observe(env: GrowthEnv, state: TensorDict, is_init: Tensor) -> TensorDict:
+        return masked(env, state, observing(env, state, is_init))
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for owner, name, part in PARTS:
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         stack.enter_context(patch.object(step, "fresh_growth", start))
-        stack.enter_context(patch.object(GrowthEnv, "_observe", held(GrowthEnv._observe)))
+        stack.enter_context(patch.object(GrowthEnv, "_observe", observe))
         stack.callback(stop.set)
         if cuda:
             threading.Thread(target=sample, daemon=True).start()

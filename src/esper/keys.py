@@ -97,7 +97,15 @@ def normal(key: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
 
 def permutation(key: Tensor, n: int) -> Tensor:
     """A permutation of `0 ... n - 1` for each key, `[*key.shape, n]`."""
-    return bits(key, n).argsort(dim=-1, stable=True)
+    drawn = bits(key, n)
+    return row_order(drawn) if drawn.is_cuda else drawn.argsort(dim=-1, stable=True)
+
+
+def row_order(values: Tensor) -> Tensor:
+    """`values.argsort(dim=-1, stable=True)` of `[..., n]` by two sorts of everything: a GPU sorts long rows singly."""
+    n = values.shape[-1]
+    ranked = values.flatten().argsort(stable=True)
+    return (ranked % n)[(ranked // n).argsort(stable=True)].view(values.shape)
 
 
 def integers(key: Tensor, high: int, *shape: int) -> Tensor:

@@ -111,10 +111,11 @@ class SharedBatchIterator:
         order_key = k.fold(key, k.Purpose.ORDER, self.epoch)
         if self.family is None:
             order = k.permutation(order_key, len(splits.train))
-            return _Epoch(order, order, None)
+            return _Epoch(order, order, _targets(splits.train, order))
         taught = lessons(self.family, splits.train, key)
         order, passes = taught.order(order_key)
-        return _Epoch(order, order + passes * len(splits.train), taught.labels)
+        targets = _targets(splits.train, order) if taught.labels is None else taught.labels.gather(1, order)
+        return _Epoch(order, order + passes * len(splits.train), targets)
 
     def _pick(self, splits: Splits, epoch: _Epoch, part: slice, key: Tensor) -> Batch:
         """The batch of one group that is `part` of its epoch."""
@@ -125,20 +126,26 @@ class SharedBatchIterator:
             x = splits.prepare(augment(stored, k.fold(key.unsqueeze(-1), epoch.meetings[:, part])), self.dtype)
         else:
             x = splits.pick(train, samples, self.dtype)
-        if epoch.labels is None:
+        if epoch.targets is None:
             y = train.targets.index_select(0, flat).unflatten(0, samples.shape)
         else:
-            y = epoch.labels.gather(1, samples)
+            y = epoch.targets[:, part]
         return x, y.to(torch.int64)
 
 
 class _Epoch(NamedTuple):
     """One epoch of a group: the samples in order, int64 `[n, M]`; a number for each sample in each pass, which keys its
-    augmentation; and the labels `[n, M]` of all samples, None for the true ones."""
+    augmentation; and the targets in that order `[n, M]`, None for tokens, of which there are too many."""
 
     samples: Tensor
     meetings: Tensor
-    labels: Tensor | None
+    targets: Tensor | None
+
+
+def _targets(split: Split, order: Tensor) -> Tensor | None:
+    if split.targets.dim() > 1:
+        return None
+    return split.targets.index_select(0, order.flatten()).view(order.shape)
 
 
 def evaluation_batches(

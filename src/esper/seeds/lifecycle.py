@@ -43,12 +43,20 @@ class LifecycleRules:
 
 def put(records: TensorDict, mask: Tensor, **values: Tensor | float | int | bool) -> TensorDict:
     """Records with `values` written where `mask` `[N, S]` is True."""
+    if _nowhere(mask):
+        return records
     changed = {}
     for name, value in values.items():
         old = records[name]
         new = value if isinstance(value, Tensor) else torch.full_like(old, value)
         changed[name] = torch.where(mask, new.to(old.dtype), old)
     return records.clone(recurse=False).update(changed)
+
+
+def _nowhere(mask: Tensor) -> bool:
+    """Whether a mask is known to be empty; most are, in most epochs. A GPU is not asked, because it would be waited
+    for."""
+    return mask.device.type == "cpu" and not mask.any()
 
 
 def _enter(records: TensorDict, mask: Tensor, stage: Stage) -> TensorDict:
@@ -78,6 +86,8 @@ def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) ->
 
 def clear(records: TensorDict, mask: Tensor) -> TensorDict:
     """Empty the masked slots; only the number of seeds ever planted survives."""
+    if _nowhere(mask):
+        return records
     n_hosts, n_slots = records.batch_size
     blank = empty_records(n_hosts, n_slots, records.device)
     blank["planted"] = records["planted"]

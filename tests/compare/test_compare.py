@@ -87,6 +87,42 @@ def test_every_arm_has_its_row(smoke, found) -> None:
     assert CompareConfig.from_dict(found["config"]) == CompareConfig.from_json_path(SMOKE)
 
 
+def row_of(course: list[list[float]], spent: list[list[int]], chosen: dict[str, Any]) -> Row:
+    values = dict.fromkeys(("validation", "test", "objective", "parameters", "training", "evaluation"), torch.ones(2))
+    stages = torch.zeros(2, 3, 1, dtype=torch.int64)
+    return Row(
+        chosen.get("name", "static"),
+        **values,
+        records=TensorDict(),
+        chosen=chosen,
+        search=0,
+        learning=0,
+        stages=stages,
+        course=torch.tensor(course),
+        spent=torch.tensor(spent),
+        aimed={},
+    )
+
+
+def test_what_it_took_to_reach_the_static_network() -> None:
+    grown = row_of([[1.0, 5.0, 9.0], [1.0, 7.0, 9.0]], [[10, 20, 60], [10, 40, 60]], {"name": "grown"})
+    static = row_of([[0.0, 0.0, 4.0], [0.0, 0.0, 8.0]], [[20, 40, 60]] * 2, {"of": "grown"})
+    better = row_of([[0.0, 0.0, 9.5]] * 2, [[20, 40, 60]] * 2, {"of": "grown", "name": "better"})
+    found = summarise([grown, static, better], k.root(0))
+    assert found[1]["reached"] == {"epochs": 2, "flops_share": 0.5}
+    assert found[2]["reached"] is None
+    assert found[0]["course"] == {"validation": [1.0, 6.0, 9.0], "training": [10.0, 30.0, 60.0]}
+
+
+def test_the_course_ends_where_the_row_does(found) -> None:
+    for entry in found["arms"]:
+        assert entry["course"]["validation"][-1] == pytest.approx(entry["validation"]["mean"])
+        assert entry["course"]["training"][-1] == pytest.approx(entry["flops"]["training"])
+    statics = [entry for entry in found["arms"] if "of" in entry["chosen"]]
+    assert statics
+    assert all("reached" in entry for entry in statics)
+
+
 def test_differences_are_paired_with_never(found) -> None:
     rows = by_name(found)
     assert "difference" not in rows["never"]
@@ -292,8 +328,20 @@ def test_pictures_show_the_stages_and_the_responses() -> None:
         "FOSSILIZE": (torch.zeros(0), torch.zeros(0)),
     }
     values = dict.fromkeys(("validation", "test", "objective", "parameters", "training", "evaluation"), torch.ones(2))
+    course = torch.zeros(2, 5)
     rows = [
-        Row(name, **values, records=TensorDict(), chosen={}, search=0, learning=0, stages=s, aimed=a)
+        Row(
+            name,
+            **values,
+            records=TensorDict(),
+            chosen={},
+            search=0,
+            learning=0,
+            stages=s,
+            course=course,
+            spent=course,
+            aimed=a,
+        )
         for name, s, a in (("never", torch.ones_like(stages), {}), ("ppo-greedy", stages, aimed))
     ]
     summary = summarise(rows, k.root(0))

@@ -30,8 +30,9 @@ class Row:
     """One row of the table. `validation`, `test` (percentage points), `objective`, `parameters`, `training` and
     `evaluation` (FLOPs) have one entry per seed. `chosen` is what was decided on tuning seeds; `search` are the FLOPs
     of all hosts that were trained for that or for the controller, `learning` those of the controller's own passes;
-    None where they are not known. `stages` `[N, T, S]` is the stage of every slot in every epoch; `aimed`, of a learned
-    controller, what `esper.learn.responses.aimed` found."""
+    None where they are not known. `stages` `[N, T, S]` is the stage of every slot in every epoch, `course` and `spent`
+    `[N, T]` the validation accuracy after it and the FLOPs of training until then; `aimed`, of a learned controller,
+    what `esper.learn.responses.aimed` found."""
 
     name: str
     validation: Tensor
@@ -45,6 +46,8 @@ class Row:
     search: int | None
     learning: int | None
     stages: Tensor
+    course: Tensor
+    spent: Tensor
     aimed: dict[str, tuple[Tensor, Tensor]]
 
 
@@ -129,6 +132,8 @@ class Bench:
             search=search,
             learning=learning,
             stages=outcome.stages,
+            course=outcome.course,
+            spent=outcome.spent,
             aimed={} if isinstance(policy, ScriptedPolicy) else aimed(policy, outcome.rollout),
         )
         self.rows[name] = row

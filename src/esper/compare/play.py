@@ -40,7 +40,8 @@ class Role(IntEnum):
 class Outcome:
     """How `N` hosts ended: their `keys`, `accuracy` (validation, percentage points), `parameters` (int64, seeds
     included), FLOPs `training` and `evaluation` (int64), all `[N]`, their slot records `[N, S]`, the stage of every
-    slot in every epoch `stages` `[N, T, S]`, and the `rollout` `[N, T]`."""
+    slot in every epoch `stages` `[N, T, S]`, and the `rollout` `[N, T]`. `course` `[N, T]` is the accuracy after every
+    epoch, `spent` `[N, T]` the FLOPs of training up to then."""
 
     keys: Tensor
     accuracy: Tensor
@@ -49,6 +50,8 @@ class Outcome:
     evaluation: Tensor
     records: TensorDict
     stages: Tensor
+    course: Tensor
+    spent: Tensor
     rollout: TensorDictBase
 
     @property
@@ -91,12 +94,12 @@ def play(
     env.settings = settings if host_lr is None else replace(settings, host_lr=host_lr)
     env.state, env.finished = None, None
     ledger = Ledger(costs_of(env), env.settings.n_hosts)
-    accuracy = torch.zeros(env.settings.n_hosts, dtype=torch.float64)
-    stages: list[Tensor] = []
+    stages, course, spent = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def observe(result: TensorDict) -> None:
         ledger.add(result)
-        accuracy.copy_(result["metrics", "val_accuracy"])
+        course.append(result["metrics", "val_accuracy"].double())
+        spent.append(ledger.training.clone())
         stages.append(result["lived", "stage"])
 
     env.observer = observe
@@ -114,13 +117,15 @@ def play(
         )
     records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
     return Outcome(
-        accuracy=accuracy,
+        accuracy=course[-1],
         keys=keys,
         parameters=records["parameters"].sum(1) + env.spec.parameters_of(keys),
         training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,
         stages=torch.stack(stages, dim=1),
+        course=torch.stack(course, dim=1),
+        spent=torch.stack(spent, dim=1),
         rollout=rollout,
     )
 

@@ -19,11 +19,27 @@ _TITLES = {"objective": "objective", "validation": "validation accuracy", "test"
 
 def summarise(rows: Iterable[Row], key: Tensor) -> list[dict[str, Any]]:
     """One entry per row, the first being what the others are compared to: means with intervals, paired differences,
-    mean parameters and FLOPs per seed, FLOPs of the search in all, the values of every seed, and for learned
-    controllers how the probability of an op goes with the contribution of the seed it would concern."""
+    mean parameters and FLOPs per seed, FLOPs of the search in all, the values of every seed, the mean course of an
+    episode, for learned controllers how the probability of an op goes with the contribution of the seed it would
+    concern, and for rows made after another one when that one reached what they ended with."""
     rows = list(rows)
-    reference = rows[0]
-    return [_entry(row, None if row is reference else reference, key) for row in rows]
+    reference, by_name = rows[0], {row.name: row for row in rows}
+    found = [_entry(row, None if row is reference else reference, key) for row in rows]
+    for row, entry in zip(rows, found, strict=True):
+        if "of" in row.chosen:
+            entry["reached"] = _reached(by_name[row.chosen["of"]], row)
+    return found
+
+
+def _reached(grown: Row, static: Row) -> dict[str, Any] | None:
+    """Epochs after which the mean validation accuracy of `grown` is first that with which `static` ended, and the FLOPs
+    of training until then as a share of the static ones; None if it never is."""
+    there = (grown.course.mean(0) >= static.course[:, -1].mean()).nonzero()
+    if there.numel() == 0:
+        return None
+    epoch = int(there[0])
+    share = float(grown.spent[:, epoch].double().mean() / static.spent[:, -1].double().mean())
+    return {"epochs": epoch + 1, "flops_share": share}
 
 
 def _entry(row: Row, reference: Row | None, key: Tensor) -> dict[str, Any]:
@@ -37,6 +53,10 @@ def _entry(row: Row, reference: Row | None, key: Tensor) -> dict[str, Any]:
     found["parameters"] = float(row.parameters.double().mean())
     found["flops"] = {name: float(values[name].double().mean()) for name in ("training", "evaluation")}
     found["search_flops"] = {"hosts": row.search, "controller": row.learning}
+    found["course"] = {
+        "validation": row.course.double().mean(0).tolist(),
+        "training": row.spent.double().mean(0).tolist(),
+    }
     if row.aimed:
         found["responses"] = {op: _response(*pairs) for op, pairs in row.aimed.items()}
     found["seeds"] = {name: torch.as_tensor(value).tolist() for name, value in values.items()}
@@ -72,11 +92,22 @@ def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
     chosen = [f"- {entry['name']}: `{json.dumps(_decided(entry['chosen']))}`" for entry in summary if entry["chosen"]]
     if chosen:
         lines += ["Chosen on the tuning seeds, or given:", "\n".join(chosen)]
+    static = [f"- {entry['name']}: {_reaching(entry)}" for entry in summary if "reached" in entry]
+    if static:
+        title = "When the arm whose networks these are had reached the validation accuracy with which they ended:"
+        lines += [title, "\n".join(static)]
     learned = [f"- {entry['name']}: {_responses(entry['responses'])}" for entry in summary if "responses" in entry]
     if learned:
         title = "Rank correlation of a seed's measured contribution and the probability of an op, where it is legal:"
         lines += [title, "\n".join(learned)]
     return "\n\n".join(lines) + "\n"
+
+
+def _reaching(entry: Mapping[str, Any]) -> str:
+    arm, reached = entry["chosen"]["of"], entry["reached"]
+    if reached is None:
+        return f"{arm} never did"
+    return f"{arm} after {reached['epochs']} epochs, with {100 * reached['flops_share']:.0f} % of their training FLOPs"
 
 
 def _responses(responses: Mapping[str, Mapping[str, Any]]) -> str:

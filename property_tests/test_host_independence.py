@@ -31,7 +31,7 @@ def epoch(growth: TensorDict, key: torch.Tensor) -> tuple[TensorDict, TensorDict
     for t in range(2):
         x, y = k.normal(k.fold(keys, t), 4, 1, 8, 8), k.integers(k.fold(keys, t, 1), 10, 4)
         carry = executor.train_step(carry, x, y, RATE[:n], RATE[:n], k.fold(keys, t, 2), t == 1)
-    growth, measured = executor.finish(carry, growth)
+    growth, measured = executor.finish(carry, growth), executor.measured(carry)
     scoring = executor.begin_evaluation(growth, plan, k.normal(key, 6, 1, 8, 8))
     scoring = executor.evaluate_step(scoring, k.normal(key, 6, 1, 8, 8), k.integers(keys, 10, 6))
     return growth, measured, executor.finish_evaluation(scoring)

@@ -57,6 +57,7 @@ from esper.values import changed
 
 SLOTS = ("early", "mid", "late")
 TASKS = {"cnn": "digits", "transformer": "pydocs"}
+HALVES = ("bf16", "fp16")
 EPOCHS = 3
 RATIO_LIMIT, POINTS_LIMIT, LOSS_LIMIT = 0.05, 0.5, 0.01
 
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few hosts and samples")
     parser.add_argument("--topologies", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--executors", nargs="+", choices=list(EXECUTORS))
-    parser.add_argument("--amp", nargs="+", choices=precision.PRECISIONS[1:], default=precision.PRECISIONS[1:])
+    parser.add_argument("--amp", nargs="+", choices=HALVES, default=HALVES)
     parser.add_argument("--out", type=Path, default=Path("bench-amp.json"))
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import wraps
 from pathlib import Path
@@ -91,11 +91,13 @@ class Clock:
         """Seconds, without those that do not count."""
         return time.perf_counter() - self.uncounted
 
-    def aside(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, with its time not counted."""
+    def aside(self, call: Callable[..., Any], devices: Sequence[torch.device]) -> Callable[..., Any]:
+        """The same, with its time not counted, but that of what the devices had still to do."""
 
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
+            for device in devices:
+                wait(device)
             start = time.perf_counter()
             result = call(*args, **kwargs)
             self.uncounted += time.perf_counter() - start
@@ -174,7 +176,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
         while not stop.wait(0.05):
             load.append((clock.now(), statistics.mean(torch.cuda.utilization(d) for d in devices)))
 
-    fill, masked, observing = clock.aside(filled), clock.aside(hold), GrowthEnv._observe
+    used = [torch.device(name) for name in devices]
+    fill, masked, observing = clock.aside(filled, used), clock.aside(hold, used), GrowthEnv._observe
 
     def start(spec: Any, *args: Any) -> TensorDict:
         return fill(spec, fresh_growth(spec, *args), "half")

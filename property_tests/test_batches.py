@@ -117,4 +117,4 @@ def test_augmentation_differs_between_hosts_and_epochs(seed, epoch):
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=7, max_size=7), min_size=1, max_size=5))
 def test_rows_are_ordered_as_one_by_one(rows: list[list[int]]) -> None:
     values = torch.tensor(rows)
-    assert torch.equal(k.row_order(values), values.argsort(dim=-1, stable=True))
+    assert torch.equal(k.by_two_sorts(values), values.argsort(dim=-1, stable=True))

@@ -97,12 +97,16 @@ def normal(key: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
 
 def permutation(key: Tensor, n: int) -> Tensor:
     """A permutation of `0 ... n - 1` for each key, `[*key.shape, n]`."""
-    drawn = bits(key, n)
-    return row_order(drawn) if drawn.is_cuda else drawn.argsort(dim=-1, stable=True)
+    return row_order(bits(key, n))
 
 
 def row_order(values: Tensor) -> Tensor:
-    """`values.argsort(dim=-1, stable=True)` of `[..., n]` by two sorts of everything: a GPU sorts long rows singly."""
+    """The order of every row of `values` `[..., n]`, equal entries in the order in which they stand."""
+    return by_two_sorts(values) if values.is_cuda else values.argsort(dim=-1, stable=True)
+
+
+def by_two_sorts(values: Tensor) -> Tensor:
+    """`row_order` by two sorts of everything: a GPU sorts long rows one by one."""
     n = values.shape[-1]
     ranked = values.flatten().argsort(stable=True)
     return (ranked % n)[(ranked // n).argsort(stable=True)].view(values.shape)

@@ -387,6 +387,7 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
         ({"arms": [{"kind": "never"}, {"kind": "random", "name": "never"}]}, "is taken by an arm before it"),
         ({"arms": [{"kind": "never"}, {"kind": "static-final", "of": "ppo"}]}, "must be a row before it: never"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule"}]}, "points or grid is needed"),
+        ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"mixed": True}}]}, "use false"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"epochs": [4]}}]}, "epoch 4: must be at most 3"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"blueprints": ["x"]}}]}, "blueprint 'x'"),
         ({"arms": [{"kind": "never"}, {"kind": "schedule", "grid": {"slots": [["mid"]]}}]}, "slots[0]"),

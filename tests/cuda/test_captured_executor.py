@@ -69,6 +69,8 @@ def outcome(executor, spec: GrowthSpec, growth: TensorDict, topology: str) -> di
     scoring = executor.evaluate_step(scoring, x[1], y)
     scoring = executor.evaluate_step(scoring, x[2, :5], y[:, :5])
     scores = executor.finish_evaluation(scoring)
+    later, names = executor.measured(carry), ("loss", "correct", "seen", "host_norm", "seed_norm", "seed_health")
+    assert all(torch.equal(measured[name].nan_to_num(), later[name].nan_to_num()) for name in names)
     parts = {name: flat(trained["host", name]) for name in ("params", "statistics", "moments")}
     return {
         **parts,

@@ -273,6 +273,8 @@ def _schedule(arm: Schedule, training: TrainingConfig, place: str) -> Iterator[s
     points = points_of(arm, training)
     if not points:
         yield f"{place}: points or grid is needed"
+    if arm.grid is not None and arm.grid.mixed and all(isinstance(slots, str) for slots in arm.grid.slots or ()):
+        yield f"{place}.grid.mixed: true: has an effect only where slots has a list of several to plant; use false"
     blueprints = training.blueprints or get_task(training.task).blueprints
     last = (training.max_epochs or get_task(training.task).max_epochs) - 1
     found = set()

@@ -94,7 +94,9 @@ def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> 
         lines += ["Chosen on the tuning seeds, or given:", "\n".join(chosen)]
     static = [f"- {entry['name']}: {_reaching(entry)}" for entry in summary if "reached" in entry]
     if static:
-        title = "When the arm whose networks these are had reached the validation accuracy with which they ended:"
+        title = (
+            "When the arm a static one was made after had reached, on the mean, the validation accuracy it ended with:"
+        )
         lines += [title, "\n".join(static)]
     learned = [f"- {entry['name']}: {_responses(entry['responses'])}" for entry in summary if "responses" in entry]
     if learned:
@@ -107,7 +109,7 @@ def _reaching(entry: Mapping[str, Any]) -> str:
     arm, reached = entry["chosen"]["of"], entry["reached"]
     if reached is None:
         return f"{arm} never did"
-    return f"{arm} after {reached['epochs']} epochs, with {100 * reached['flops_share']:.0f} % of their training FLOPs"
+    return f"{arm} after {reached['epochs']} epochs, with {100 * reached['flops_share']:.0f} % of its training FLOPs"
 
 
 def _responses(responses: Mapping[str, Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from esper import keys as k
 from esper.config_fields import Family
 from esper.data.family import lessons
-from esper.data.splits import Split, Splits
+from esper.data.splits import Split, Splits, chosen
 
 Batch = tuple[Tensor, Tensor]
 
@@ -120,16 +120,12 @@ class SharedBatchIterator:
     def _pick(self, splits: Splits, epoch: _Epoch, part: slice, key: Tensor) -> Batch:
         """The batch of one group that is `part` of its epoch."""
         samples, train = epoch.samples[:, part], splits.train
-        flat = samples.flatten()
         if self.augment:
-            stored = train.inputs.index_select(0, flat).unflatten(0, samples.shape)
-            x = splits.prepare(augment(stored, k.fold(key.unsqueeze(-1), epoch.meetings[:, part])), self.dtype)
+            keys = k.fold(key.unsqueeze(-1), epoch.meetings[:, part])
+            x = splits.prepare(augment(chosen(train.inputs, samples), keys), self.dtype)
         else:
             x = splits.pick(train, samples, self.dtype)
-        if epoch.targets is None:
-            y = train.targets.index_select(0, flat).unflatten(0, samples.shape)
-        else:
-            y = epoch.targets[:, part]
+        y = chosen(train.targets, samples) if epoch.targets is None else epoch.targets[:, part]
         return x, y.to(torch.int64)
 
 
@@ -143,9 +139,7 @@ class _Epoch(NamedTuple):
 
 
 def _targets(split: Split, order: Tensor) -> Tensor | None:
-    if split.targets.dim() > 1:
-        return None
-    return split.targets.index_select(0, order.flatten()).view(order.shape)
+    return chosen(split.targets, order) if split.targets.dim() == 1 else None
 
 
 def evaluation_batches(

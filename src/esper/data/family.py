@@ -99,12 +99,12 @@ def lessons(family: Family, train: Split, keys: Tensor) -> Lessons:
     if family.label_noise is not None or family.classes is not None:
         wrong = (drawn["label_noise"] * counts).round().to(torch.int64)
         labels = _labels(family, train, member, wrong, keys)
-    return Lessons((~member).to(torch.int8).argsort(dim=1, stable=True), counts, labels)
+    return Lessons(k.row_order((~member).to(torch.int8)), counts, labels)
 
 
 def _first(draw: Tensor, counts: Tensor) -> Tensor:
     """Which entries of each row of `draw` `[n, M]` are among the `counts` `[n]` least, bool `[n, M]`."""
-    rank = draw.argsort(dim=1, stable=True).argsort(dim=1)
+    rank = k.row_order(k.row_order(draw))
     return rank < counts[:, None]
 
 
@@ -127,7 +127,7 @@ def _rounds(keys: Tensor, counts: Tensor, length: int) -> tuple[Tensor, Tensor]:
     # Twice the length holds the last permutation whole, so that its cut-off part is as random as the rest.
     place = torch.arange(2 * length, device=keys.device)
     passes = place // counts[:, None]
-    shuffled = k.bits(keys, 2 * length).argsort(dim=1, stable=True)
-    sorted_passes = passes.gather(1, shuffled).argsort(dim=1, stable=True)
+    shuffled = k.permutation(keys, 2 * length)
+    sorted_passes = k.row_order(passes.gather(1, shuffled))
     order = shuffled.gather(1, sorted_passes)
     return (order % counts[:, None])[:, :length], passes[:, :length]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+_MOST = 1024
 
 
 @triton.jit
@@ -28,7 +28,10 @@ def pick(images: Tensor, samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     shape, count = images.shape[1:], samples.numel()
     size = shape.numel()
     out = torch.empty(*samples.shape, *shape, dtype=torch.float32, device=images.device)
-    _pick_kernel[(count, triton.cdiv(size, _BLOCK))](
-        images, samples.contiguous(), mean, std, out, size, shape[1] * shape[2], _BLOCK
-    )
+    block = min(_MOST, triton.next_power_of_2(size))
+    # A kernel starts on the present device, wherever its tensors lie.
+    with torch.cuda.device(images.device):
+        _pick_kernel[(count, triton.cdiv(size, block))](
+            images, samples.contiguous(), mean, std, out, size, shape[1] * shape[2], block
+        )
     return out

@@ -102,7 +102,7 @@ class Splits:
             from esper.data.pick_kernel import pick
 
             return pick(split.inputs, samples, self.mean, self.std)
-        return self.prepare(split.inputs.index_select(0, samples.flatten()).unflatten(0, samples.shape), dtype)
+        return self.prepare(chosen(split.inputs, samples), dtype)
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Stored images `[..., C, H, W]` as normalised `dtype`, or stored tokens `[..., L]` as int64 for any `dtype`.
@@ -112,6 +112,11 @@ class Splits:
         if self.mean is None or self.std is None:
             return x.to(torch.int64)
         return ((x.to(dtype) - self.mean) / self.std).to(dtype)
+
+
+def chosen(rows: Tensor, samples: Tensor) -> Tensor:
+    """The rows of `rows` `[M, ...]` that `samples` (int64, any shape) names: `[*samples.shape, ...]`."""
+    return rows.index_select(0, samples.flatten()).unflatten(0, samples.shape)
 
 
 def keyed_parts(inputs: Tensor, targets: Tensor, sizes: Mapping[str, int], key: Tensor) -> dict[str, Split]:

@@ -1,4 +1,4 @@
-"""Mixed precision: one knob, `amp`, honoured by every executor in the same way.
+"""Mixed precision: one knob, `amp`, honoured by every executor in the same way ("tf32" by recorded programs alone).
 
 Autocast surrounds the forward pass and the loss only; parameters, moments, BatchNorm statistics and losses stay in
 full precision. In fp16 every host has its own loss scale, so one host's overflow skips only that host's step and

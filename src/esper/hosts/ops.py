@@ -3,7 +3,7 @@
 Outside `fused()` they are plain PyTorch and the specification. Inside, under `torch.func.vmap` on a CUDA device, a
 stack of hosts runs the Triton kernels of `esper.hosts.kernels` instead; float64, windows that do not divide the image
 and hosts that are not stacked keep the plain form. A stack may have rows that nobody reads: inside `active(flags)` the
-kernels leave them out, and what stands there afterwards is arbitrary.
+kernels leave them out, and what stands there afterwards is arbitrary, except where a function says otherwise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-5
-_MOST_SEQUENCES = 65_535
-"""What one launch of attention can hold."""
+_MOST_SEQUENCES, _LONGEST = 65_535, 128
+"""What one launch of attention can hold, and the length up to which a gradient of its has at most two parts: more are
+added up in the order in which they happen to arrive."""
 _FUSED: ContextVar[bool] = ContextVar("esper_fused", default=False)
 _TF32: ContextVar[bool] = ContextVar("esper_tf32", default=False)
 _ACTIVE: ContextVar[Tensor | None] = ContextVar("esper_active", default=None)
@@ -104,7 +105,7 @@ def group_norm(
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """The mean over the pixels of `[B, C, H, W]`. In a stack, rows that are not `active` have the mean 0."""
+    """The mean over the pixels of `[B, C, H, W]`. The kernel gives rows that are not `active` the mean 0."""
     if is_fused(x) and is_batchedtensor(x):
         result: Tensor = _SpatialMean.apply(x)
         return result
@@ -121,7 +122,7 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention `[B, heads, L, D]` of queries to themselves and their past."""
-    if is_fused(q) and is_batchedtensor(q):
+    if is_fused(q) and is_batchedtensor(q) and q.shape[-2] <= _LONGEST:
         result: Tensor = _Attention.apply(q, k, v)
         return result
     return causal_weights(q, k) @ v
@@ -215,7 +216,6 @@ class _Attention(_Stacked):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
         q, k, v = (t.flatten(0, 1) for t in _stack(info, in_dims, q, k, v))
-        # One block of keys at a time adds to a query's gradient, so sums do not depend on scheduling.
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
             parts = zip(*(t.split(_MOST_SEQUENCES) for t in (q, k, v)), strict=True)
             mixed = [F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts]

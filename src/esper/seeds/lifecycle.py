@@ -73,6 +73,8 @@ def _enter(records: TensorDict, mask: Tensor, stage: Stage) -> TensorDict:
 
 
 def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) -> TensorDict:
+    if _nowhere(mask):
+        return records
     records = _enter(records, mask, Stage.BLENDING)
     step = torch.ones_like(records["ramp_step"])
     return put(

@@ -174,11 +174,10 @@ def _devices(config: Fields) -> Iterator[Finding]:
             yield Finding(f"devices[{index}]", name, index_missing)
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,3}))?", config.device):
         yield Finding("device", config.device, "must be cpu, cuda or cuda:<index>")
-    if config.executor == "captured" and any(not name.startswith("cuda") for name in config.devices):
+    on_gpus = all(name.startswith("cuda") for name in config.devices)
+    if config.executor == "captured" and not on_gpus:
         yield Finding("executor", config.executor, "records CUDA programs, so every device must be a GPU", ("devices",))
-    if config.amp == "tf32" and (
-        config.executor not in ("auto", "captured") or any(not name.startswith("cuda") for name in config.devices)
-    ):
+    if config.amp == "tf32" and not (on_gpus and config.executor in ("auto", "captured")):
         legal = "is for recorded CUDA programs: every device must be a GPU and the executor auto or captured"
         yield Finding("amp", config.amp, legal, ("devices", "executor"))
     if len(config.devices) > config.n_envs:

@@ -97,9 +97,6 @@ Several = Annotated[tuple[SlotName, ...], Field(min_length=2), AsTuple, AfterVal
 class Grid(_Strict):
     """Every blueprint in every slot from every epoch on, planted and fossilised as soon as that is possible."""
 
-    mixed: bool = False
-    """Where several slots are planted, every combination of blueprints, rather than the same in all of them."""
-
     slots: Annotated[tuple[SlotName | Several, ...], Field(min_length=1), AsTuple] | None = None
     """Slots, or lists of slots that are all planted, one an epoch in the order given. Null for each of the run's slots
     alone."""
@@ -109,6 +106,8 @@ class Grid(_Strict):
     """Epochs trained before the seed is planted."""
     blends: Annotated[tuple[Literal["linear", "sigmoid", "gated"], ...], Field(min_length=1), AsTuple] = ("linear",)
     """How it is blended in."""
+    mixed: bool = False
+    """Where several slots are planted, every combination of blueprints, rather than the same in all of them."""
 
 
 class Schedule(_Arm):

@@ -38,21 +38,29 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `N` hosts ended: their `keys`, `accuracy` (validation, percentage points), `parameters` (int64, seeds
-    included), FLOPs `training` and `evaluation` (int64), all `[N]`, their slot records `[N, S]`, the stage of every
-    slot in every epoch `stages` `[N, T, S]`, and the `rollout` `[N, T]`. `course` `[N, T]` is the accuracy after every
-    epoch, `spent` `[N, T]` the FLOPs of training up to then."""
+    """How `N` hosts fared: their `keys`, `parameters` at the end (int64, seeds included) and FLOPs of `evaluation`
+    (int64), all `[N]`, their slot records `[N, S]`, the stage of every slot in every epoch `stages` `[N, T, S]`, the
+    validation accuracy after every epoch `course` `[N, T]` (percentage points), the FLOPs of training until then
+    `spent` `[N, T]` (int64), and the `rollout` `[N, T]`."""
 
     keys: Tensor
-    accuracy: Tensor
     parameters: Tensor
-    training: Tensor
     evaluation: Tensor
     records: TensorDict
     stages: Tensor
     course: Tensor
     spent: Tensor
     rollout: TensorDictBase
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Validation accuracy at the end, float64 `[N]`, percentage points."""
+        return self.course[:, -1]
+
+    @property
+    def training(self) -> Tensor:
+        """FLOPs of training, int64 `[N]`."""
+        return self.spent[:, -1]
 
     @property
     def flops(self) -> int:
@@ -117,10 +125,8 @@ def play(
         )
     records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
     return Outcome(
-        accuracy=course[-1],
         keys=keys,
         parameters=records["parameters"].sum(1) + env.spec.parameters_of(keys),
-        training=ledger.training,
         evaluation=ledger.evaluation,
         records=records,
         stages=torch.stack(stages, dim=1),

@@ -157,7 +157,21 @@ class LoopExecutor(base.Roomless):
         return changed(growth, host=host, seeds=self._banked(carry, growth["seeds"]), **scale)
 
     def measured(self, carry: list[_Training]) -> TensorDict:
-        return _measurements(carry)
+        result = base.empty_measurements(len(carry), len(carry[0].plan))
+        for i, c in enumerate(carry):
+            result["loss"][i] = torch.stack(c.losses).double().mean()
+            result["correct"][i] = torch.stack(c.correct).sum()
+            result["seen"][i] = c.seen
+            if c.norm is not None:
+                result["host_norm"][i] = c.norm.norm()
+            for j, norms in c.seed_norms.items():
+                result["seed_norm"][i, j] = norms.norm()
+                entry = c.plan[j]
+                if entry is not None:
+                    # A gate that does not take part has no gradient and does not count; its tensors are the last.
+                    counted = norms if entry.uses_gate else norms[: len(leaves(c.seeds[j]["body"]))]
+                    result["seed_health"][i, j] = base.gradient_health(counted)
+        return result
 
     def _banked(self, carry: list[_Training], bank: TensorDict) -> TensorDict:
         """`bank` with the seeds of all hosts put back."""
@@ -333,24 +347,6 @@ def _score_host(spec: GrowthSpec, host: _Scoring, x: Tensor, y: Tensor) -> None:
             host.differ[j] = host.differ.get(j, 0) + changed
         host.loss += float(mean_loss(logits[everyone], y)) * y.numel()
         host.seen += y.numel()
-
-
-def _measurements(carry: list[_Training]) -> TensorDict:
-    result = base.empty_measurements(len(carry), len(carry[0].plan))
-    for i, c in enumerate(carry):
-        result["loss"][i] = torch.stack(c.losses).double().mean()
-        result["correct"][i] = torch.stack(c.correct).sum()
-        result["seen"][i] = c.seen
-        if c.norm is not None:
-            result["host_norm"][i] = c.norm.norm()
-        for j, norms in c.seed_norms.items():
-            result["seed_norm"][i, j] = norms.norm()
-            entry = c.plan[j]
-            if entry is not None:
-                # A gate that does not take part has no gradient and does not count; its tensors are the last.
-                counted = norms if entry.uses_gate else norms[: len(leaves(c.seeds[j]["body"]))]
-                result["seed_health"][i, j] = base.gradient_health(counted)
-    return result
 
 
 def _by_group(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:

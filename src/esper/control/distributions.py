@@ -188,10 +188,9 @@ class FactoredActions(Distribution):
         """Per-head log-probabilities and normalised entropies of `action` `[..., 4]`, given its op. Rollout and update
         both come here, so equal logits give a ratio of exactly one."""
         heads, relevant = self.given(action[..., OP])
-        zero = torch.zeros((), dtype=heads.logits.dtype, device=action.device)
         return HeadTerms(
-            log_prob=torch.where(relevant, heads.log_prob(action), zero),
-            entropy=torch.where(relevant, heads.entropy(), zero),
+            log_prob=_of_relevant(heads.log_prob(action), relevant),
+            entropy=_of_relevant(heads.entropy(), relevant),
             relevant=relevant,
         )
 
@@ -206,18 +205,23 @@ class FactoredActions(Distribution):
 
     def sample_from(self, uniforms: Tensor) -> Tensor:
         """Turn `uniforms` `[..., 4]` (one column per head) into actions, int64 `[..., 4]`."""
-        op = self.op.sample_from(uniforms[..., OP])
-        heads, relevant = self.given(op)
-        return _assemble(op, heads.sample_from(uniforms), relevant)
+        return self.choose(uniforms)[0]
 
     @property
     def mode(self) -> Tensor:
         """The likeliest op and, given it, the likeliest entry of every relevant head, int64 `[..., 4]`."""
-        op = self.op.mode
+        return self.choose(None)[0]
+
+    def choose(self, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Actions int64 `[..., 4]`, drawn with `uniforms` `[..., 4]` or the likeliest (None), and the per-head
+        log-probabilities `[..., 4]` that `head_terms` gives them."""
+        op = self.op.mode if uniforms is None else self.op.sample_from(uniforms[..., OP])
         heads, relevant = self.given(op)
-        return _assemble(op, heads.mode, relevant)
+        entries = heads.mode if uniforms is None else heads.sample_from(uniforms)
+        action = torch.where(relevant, torch.cat([entries[..., :OP], op.unsqueeze(-1)], -1), 0)
+        return action, _of_relevant(heads.log_prob(action), relevant)
 
 
-def _assemble(op: Tensor, entries: Tensor, relevant: Tensor) -> Tensor:
-    """An action `[..., 4]` from an op `[...]` and the entries `[..., 4]` of the heads given it."""
-    return torch.where(relevant, torch.cat([entries[..., :OP], op.unsqueeze(-1)], -1), 0)
+def _of_relevant(terms: Tensor, relevant: Tensor) -> Tensor:
+    """Terms `[..., 4]` of the heads, 0 for those that the op does not use."""
+    return torch.where(relevant, terms, torch.zeros((), dtype=terms.dtype, device=terms.device))

@@ -121,8 +121,8 @@ class RecurrentPolicy(TensorDictModuleBase):
         h, c = (td[key] for key in HIDDEN_KEYS)
         logits, value, h, c = self._run(td["observation"].unsqueeze(1), h, c, td["is_init"])
         actions = FactoredActions(logits.squeeze(1), action_masks(td), self.floors)
-        action = actions.mode if exploration_type() in GREEDY else actions.sample_from(uniform(td["key"], len(HEADS)))
-        outputs = (action, actions.head_terms(action).log_prob, value.squeeze(1), h, c)
+        uniforms = None if exploration_type() in GREEDY else uniform(td["key"], len(HEADS))
+        outputs = (*actions.choose(uniforms), value.squeeze(1), h, c)
         for key, tensor in zip(self.out_keys, outputs, strict=True):
             td.set(key, tensor)
         return td

@@ -103,7 +103,7 @@ class SharedBatchIterator:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             part = slice(start, start + self.batch_size)
             yield [
-                self._pick(splits, epoch, part, k.fold(key, k.Purpose.AUGMENT, self.epoch))
+                self._pick(splits, epoch, part, key)
                 for splits, epoch, key in zip(self.splits, epochs, self.keys, strict=True)
             ]
 
@@ -118,10 +118,10 @@ class SharedBatchIterator:
         return _Epoch(order, order + passes * len(splits.train), targets)
 
     def _pick(self, splits: Splits, epoch: _Epoch, part: slice, key: Tensor) -> Batch:
-        """The batch of one group that is `part` of its epoch."""
+        """The batch that is `part` of the epoch of one group, whose hosts have `key` `[n]`."""
         samples, train = epoch.samples[:, part], splits.train
         if self.augment:
-            keys = k.fold(key.unsqueeze(-1), epoch.meetings[:, part])
+            keys = k.fold(k.fold(key, k.Purpose.AUGMENT, self.epoch).unsqueeze(-1), epoch.meetings[:, part])
             x = splits.prepare(augment(chosen(train.inputs, samples), keys), self.dtype)
         else:
             x = splits.pick(train, samples, self.dtype)

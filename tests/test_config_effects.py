@@ -50,6 +50,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "controller": ("never", {}),
     "schedule": ([{**PLANT, "epoch": 1}], SCHEDULE),
     "use_telemetry": (False, {}),
+    "contribution_scale": (50.0, {}),
     "lstm_hidden_dim": (8, {}),
     "reward_family": ("loss", {}),
     "reward_mode": ("sparse", {}),

@@ -215,6 +215,7 @@ def build_env(config: TrainingConfig, observer: Observer | None = None, task: Ta
             host_parameters=spec.host_parameters,
             max_seeds=spec.rules.max_seeds,
             use_telemetry=config.use_telemetry,
+            contribution_scale=config.contribution_scale,
         ),
         tracker=SignalTracker(),
         twins=config.reward_baseline == "twin",

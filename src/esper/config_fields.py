@@ -182,6 +182,8 @@ class Fields(BaseModel):
     """What the schedule controller does, at most one step per epoch."""
     use_telemetry: bool = True
     """Let the controller see ten measurements per slot: 80 features instead of 50."""
+    contribution_scale: Annotated[float, Field(gt=0, le=100)] = 10.0
+    """Percentage points of contribution beyond which the controller sees no difference."""
     lstm_hidden_dim: Annotated[int, Field(ge=1, le=16384)] = 128
     """Width of the policy's recurrent layer."""
 

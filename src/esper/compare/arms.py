@@ -17,6 +17,7 @@ from esper.build import build_controller
 from esper.checkpoint.store import find
 from esper.compare.bench import Bench
 from esper.compare.config import (
+    OBSERVATION,
     Arm,
     Heuristic,
     Never,
@@ -120,8 +121,9 @@ def _ppo(bench: Bench, arm: Ppo) -> None:
         run_dir = Path(arm.run)
         training = _given(run_dir, shared)
     env = bench.judge
-    if training.use_telemetry != shared.use_telemetry:
-        env = bench.env(bench.config.seeds, use_telemetry=training.use_telemetry)
+    seen = {name: getattr(training, name) for name in OBSERVATION}
+    if any(getattr(shared, name) != value for name, value in seen.items()):
+        env = bench.env(bench.config.seeds, **seen)
     policy, step = _learned(run_dir, training, env)
     if search is not None:
         learning = learning_flops(policy, training, env.spec.rules.max_epochs)

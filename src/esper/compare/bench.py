@@ -118,6 +118,7 @@ class Bench:
     ) -> None:
         """Play the evaluation hosts once and enter the row."""
         env = env or self.judge
+        scale = env.settings.observation.contribution_scale
         outcome = play(env, policy, Role.EVALUATION, host_lr=self.host_lr, greedy=greedy, grown=grown)
         row = Row(
             name=name,
@@ -134,7 +135,7 @@ class Bench:
             stages=outcome.stages,
             course=outcome.course,
             spent=outcome.spent,
-            aimed={} if isinstance(policy, ScriptedPolicy) else aimed(policy, outcome.rollout),
+            aimed={} if isinstance(policy, ScriptedPolicy) else aimed(policy, outcome.rollout, scale),
         )
         self.rows[name] = row
         self.say(f"{name}: objective {float(row.objective.mean()):.2f}, test {float(row.test.mean()):.2f}")

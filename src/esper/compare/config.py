@@ -17,8 +17,10 @@ from esper.tasks import get_task
 
 DECIDED = ("controller", "schedule", "n_envs", "n_episodes")
 """Fields of a training that an arm decides."""
+OBSERVATION = ("use_telemetry", "contribution_scale")
+"""Those of `LEARNING` that say what a controller sees."""
 LEARNING = (
-    "use_telemetry",
+    *OBSERVATION,
     "lstm_hidden_dim",
     "reward_family",
     "reward_mode",

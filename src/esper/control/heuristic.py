@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from esper.control.simple import Controller, assemble
-from esper.environment.observation import MAX_CONTRIBUTION, MAX_PLATEAU, feature
+from esper.environment.observation import MAX_PLATEAU, feature
 from esper.seeds.actions import MAX_BLUEPRINTS, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import Stage
@@ -119,7 +119,7 @@ def _remember(observation: Tensor, carry: TensorDict, settings: HeuristicSetting
 def _decide(td: TensorDictBase, carry: TensorDict, settings: HeuristicSettings) -> tuple[Tensor, Tensor]:
     """The action `[N, 4]` and the blueprint `[N]` it would plant."""
     observation, slot_mask = td["observation"], td["mask_slot"]
-    contribution = MAX_CONTRIBUTION * _per_slot(observation, "contribution")
+    contribution = _per_slot(observation, "contribution")
     drop = carry["accuracy_at_stage_start"] - 100.0 * feature(observation, "val_accuracy")[:, None]
     stage = carry["stage"]
     growing = (stage == Stage.TRAINING) | (stage == Stage.BLENDING)

@@ -24,8 +24,8 @@ from esper.seeds.reports import TELEMETRY, stage_feature, telemetry_features
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import OCCUPIED
 
-MAX_CONTRIBUTION = 10.0
-"""Percentage points at which contributions saturate."""
+CONTRIBUTION_SCALE = 10.0
+"""Percentage points at which contributions saturate, unless a run says otherwise."""
 MAX_PLATEAU = 10
 """Epochs at which the plateau counter saturates."""
 _MAX_LOSS = 100.0
@@ -66,7 +66,11 @@ _SLOT = (
     ("active", "0 or 1", "a seed lives here, fossils included"),
     ("stage", "(x - 1) / 6", "stage code"),
     ("alpha", "as it is", "share of the seed in the forward value"),
-    ("contribution", "/ 10, within -1..1", "percentage points lost without the seed; 0 if never measured"),
+    (
+        "contribution",
+        "/ contribution_scale, within -1..1",
+        "percentage points lost without the seed; 0 if never measured",
+    ),
     *((f"blueprint_{b}", "0 or 1", f"the seed is of the run's blueprint {b}") for b in range(MAX_BLUEPRINTS)),
 )
 _TELEMETRY = {
@@ -109,6 +113,7 @@ class ObservationSettings:
         host_parameters: trainable parameters of every host, or int64 `[N]`.
         max_seeds: seeds a host may have at once, fossils included; None for no limit.
         use_telemetry: 80 features instead of 50.
+        contribution_scale: percentage points at which contributions saturate.
 
     Raises ValueError for slots that are missing or repeated and for numbers out of range.
     """
@@ -119,6 +124,7 @@ class ObservationSettings:
     host_parameters: int | Tensor
     max_seeds: int | None = None
     use_telemetry: bool = True
+    contribution_scale: float = CONTRIBUTION_SCALE
 
     def __post_init__(self) -> None:
         if not self.slots or len(set(self.slots)) != len(self.slots):
@@ -139,7 +145,7 @@ def observe(records: TensorDict, tracker: TensorDict, settings: ObservationSetti
     """The observation `[N, D]` of records `[N, S]` and tracker `[N]`, float32, always finite."""
     live = gates.in_stage(records, OCCUPIED)
     progress = tracker["epoch"].to(torch.float32) / settings.max_epochs
-    blocks = [_base(records, live, tracker, settings), *_in_layout(_slot_state(records, live), settings)]
+    blocks = [_base(records, live, tracker, settings), *_in_layout(_slot_state(records, live, settings), settings)]
     if settings.use_telemetry:
         telemetry = torch.where(live[..., None], telemetry_features(records, progress), 0.0)
         blocks += _in_layout(telemetry, settings)
@@ -196,8 +202,8 @@ def _base(records: TensorDict, live: Tensor, tracker: TensorDict, settings: Obse
     return torch.stack(columns, dim=1)
 
 
-def _slot_state(records: TensorDict, live: Tensor) -> Tensor:
-    contribution = records["contribution"].clamp(-MAX_CONTRIBUTION, MAX_CONTRIBUTION) / MAX_CONTRIBUTION
+def _slot_state(records: TensorDict, live: Tensor, settings: ObservationSettings) -> Tensor:
+    contribution = (records["contribution"] / settings.contribution_scale).clamp(-1.0, 1.0)
     kinds = torch.arange(MAX_BLUEPRINTS, device=live.device)
     columns = (
         torch.ones_like(contribution),

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from esper import keys as k
 from esper.checkpoint.tensors import like
 from esper.control.policy import RecurrentPolicy
-from esper.environment.observation import feature_mask
+from esper.environment.observation import CONTRIBUTION_SCALE, feature_mask
 from esper.keys import Purpose
 from esper.learn.normalizers import RunningMeanStd, scale_reward, update, update_reward_scale
 from esper.learn.responses import responses
@@ -29,6 +29,7 @@ class Learner:
     key: torch.Tensor
     rollouts: int = 0
     refused: int = 0
+    contribution_scale: float = CONTRIBUTION_SCALE
 
     def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
@@ -38,7 +39,7 @@ class Learner:
         were, `non_finite/<source>` in the metrics says why, and the next rollout tries again. `observer` looks on.
         """
         before = self.state()
-        responded = responses(self.policy, rollout)
+        responded = responses(self.policy, rollout, self.contribution_scale)
         raw = rollout["next", "reward"].squeeze(-1)
         scaled = rollout.copy()
         scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from esper.control.distributions import FactoredActions
 from esper.control.policy import RecurrentPolicy
 from esper.control.transfer import Transferred
-from esper.environment.observation import MAX_CONTRIBUTION, feature
+from esper.environment.observation import CONTRIBUTION_SCALE, feature
 from esper.seeds.actions import SLOT, Op
 from esper.seeds.reports import stage_feature
 from esper.seeds.slots import LAYOUT
@@ -23,7 +23,7 @@ BINS = ("below -3", "-3 to -1", "-1 to 0", "0 to 1", "1 to 3", "3 and more")
 """The bins, from harm to use."""
 
 
-def responses(policy: RecurrentPolicy, rollout: TensorDictBase) -> dict[str, float]:
+def responses(policy: RecurrentPolicy, rollout: TensorDictBase, scale: float = CONTRIBUTION_SCALE) -> dict[str, float]:
     """Mean probability of each op by the contribution of a seed that is still undecided, over a rollout `[N, T]`.
 
     Counted is every slot of every step whose seed is blending or on probation and has a measured contribution. Keys are
@@ -33,7 +33,7 @@ def responses(policy: RecurrentPolicy, rollout: TensorDictBase) -> dict[str, flo
     with torch.no_grad():
         actions, _ = policy.evaluate(rollout)
         probability = _by_slot(actions)
-    contribution, counted = measured_contributions(rollout["observation"])
+    contribution, counted = measured_contributions(rollout["observation"], scale)
     member = torch.nn.functional.one_hot(bin_of(contribution), len(BINS)).to(probability.dtype) * counted[..., None]
     size = member.flatten(0, -2).sum(0)
     means = torch.einsum("ntso,ntsb->ob", probability, member) / size.clamp(min=1)
@@ -43,7 +43,9 @@ def responses(policy: RecurrentPolicy, rollout: TensorDictBase) -> dict[str, flo
     return {f"response/{what}/{b}": row[b] for what, row in table.items() for b in BINS if counts[b] > 0}
 
 
-def aimed(policy: Learned, rollout: TensorDictBase) -> dict[str, tuple[Tensor, Tensor]]:
+def aimed(
+    policy: Learned, rollout: TensorDictBase, scale: float = CONTRIBUTION_SCALE
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What CULL and FOSSILIZE were worth doing, and how likely they were, over a rollout `[N, T]`.
 
     For each op the contributions `[n]`, percentage points, of the undecided seeds that it could have been aimed at, and
@@ -52,7 +54,7 @@ def aimed(policy: Learned, rollout: TensorDictBase) -> dict[str, tuple[Tensor, T
     with torch.no_grad():
         actions, _ = policy.evaluate(rollout)
         probability = _by_slot(actions)
-    contribution, measured = measured_contributions(rollout["observation"])
+    contribution, measured = measured_contributions(rollout["observation"], scale)
     found = {}
     for op in (Op.CULL, Op.FOSSILIZE):
         counted = measured & rollout["mask_slot"][..., op, :]
@@ -65,13 +67,14 @@ def bin_of(contribution: Tensor) -> Tensor:
     return torch.bucketize(contribution, torch.tensor(EDGES, device=contribution.device), right=True)
 
 
-def measured_contributions(observation: Tensor) -> tuple[Tensor, Tensor]:
+def measured_contributions(observation: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Contributions in points `[..., 3]` of the slots of the layout, and which were measured on an undecided seed.
+    Those beyond `scale`, the run's `contribution_scale`, are seen as that.
 
     An observation shows 0 for a contribution that was never measured; on probation every one has been, before that one
     that is exactly 0 is not counted.
     """
-    contribution = torch.stack([MAX_CONTRIBUTION * feature(observation, f"{slot}.contribution") for slot in LAYOUT], -1)
+    contribution = torch.stack([scale * feature(observation, f"{slot}.contribution") for slot in LAYOUT], -1)
     stage = torch.stack([feature(observation, f"{slot}.stage") for slot in LAYOUT], -1)
     blending, probation = (
         (stage - stage_feature(torch.tensor(int(code), device=stage.device))).abs() < 1e-4

@@ -45,7 +45,7 @@ from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
-from esper.growth.state import fresh_growth
+from esper.growth.state import fresh_growth, placed
 from esper.growth.step import EpochSettings, Shard, begin, run_epoch
 from esper.seeds import bank
 from esper.seeds.blending import ramp
@@ -150,13 +150,14 @@ def gradient_ratios(
     """Parameter-normalised seed/host gradient ratios of the first batch of each epoch, `[EPOCHS, N, S]`."""
     found = []
     for epoch, growth in enumerate(states[:EPOCHS]):
-        x, y = next(iter(SharedBatchIterator([splits], [growth["key"]], batch, epoch)))[0]
+        keys = growth["key"].to(splits.device)
+        x, y = next(iter(SharedBatchIterator([splits], [keys], batch, epoch)))[0]
         carry = executor.begin(growth, make_plan(growth["slots"], spec))
-        rates = growth["rates"].cpu()
-        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], True)
+        rates = growth["rates"]
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, True)
         executor.finish(carry, growth)
         measured = executor.measured(carry).cpu()
-        size = growth["slots", "parameters"].cpu() / spec.host_parameters
+        size = growth["slots", "parameters"] / spec.host_parameters
         found.append(measured["seed_norm"] / measured["host_norm"][:, None] / size.sqrt())
     return torch.stack(found)
 
@@ -237,7 +238,7 @@ def measure(task: Task, size: Size, kind: str, precisions: Sequence[str], device
         start = time.perf_counter()
         spec = make_spec(task, amp)
         executor = EXECUTORS[kind](spec, device)
-        outcome = grow(executor, spec, make_growth(task, spec, size).to(device), splits, size.batch)
+        outcome = grow(executor, spec, placed(make_growth(task, spec, size), device), splits, size.batch)
         states = (full or outcome).states
         scales = {name: value.to(device) for name, value in precision.fresh_scale(amp, len(states[0])).items()}
         ratios = gradient_ratios(executor, spec, [changed(s, **scales) for s in states], splits, size.batch)

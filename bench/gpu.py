@@ -57,6 +57,7 @@ from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.forward import correct, mean_loss
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
+from esper.growth.state import placed
 from esper.growth.step import EpochSettings, Shard, evaluate
 from esper.hosts.base import Tree
 from esper.hosts.cnn import CNNHost
@@ -176,7 +177,8 @@ def check(bench: Bench, row: Row) -> None:
     growth = exact.apply(lambda t: t.to(dtype) if t.dtype is torch.float64 else t)
     growth["rates"] = exact["rates"]
     cast = x.to(dtype) if x.is_floating_point() else x
-    found = _outcome(bench.executor(spec), growth.to(bench.device), spec, cast.to(bench.device), y.to(bench.device))
+    there = [value.to(bench.device) for value in (cast, y)]
+    found = _outcome(bench.executor(spec), placed(growth, bench.device), spec, *there)
     row["distance"] = {
         part: float((found[part] - wanted[part]).norm() / wanted[part].norm().clamp(min=1e-30)) for part in wanted
     }
@@ -198,9 +200,9 @@ def _outcome(executor: Executor, growth: TensorDict, spec: GrowthSpec, x: Tensor
     """Train five steps and score; every number that came out."""
     plan = make_plan(growth["slots"], spec)
     carry = executor.begin(growth, plan)
-    rates = growth["rates"].cpu()
+    rates, keys = growth["rates"], growth["key"].to(x.device)
     for t in range(5):
-        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], t == 4)
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, t == 4)
     trained, measured = executor.finish(carry, growth), executor.measured(carry)
     scoring = executor.begin_evaluation(trained, plan, x[0])
     scores = executor.finish_evaluation(executor.evaluate_step(scoring, x[-1], y))
@@ -248,10 +250,11 @@ def _step(
     """A training step of all hosts on random data, their slot records, and the data."""
     growth, executor = bench.growth(spec, n, cells), bench.executor(spec)
     x, y = inputs(host, n, bench.batch(host), bench.device, torch.float32)
-    rates, carry = growth["rates"].cpu(), executor.begin(growth, make_plan(growth["slots"], spec))
+    rates, keys = growth["rates"], growth["key"].to(bench.device)
+    carry = executor.begin(growth, make_plan(growth["slots"], spec))
 
     def step() -> None:
-        executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], False)
+        executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, False)
 
     return step, growth["slots"], x, y
 

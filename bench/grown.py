@@ -42,7 +42,7 @@ def make_growth(
 ) -> TensorDict:
     """Fresh hosts, filled."""
     lr = torch.full((n,), 0.05, dtype=torch.float64)
-    return filled(spec, fresh_growth(spec, k.host_keys(k.root(1), n), lr, lr, dtype), cells).to(device)
+    return filled(spec, fresh_growth(spec, k.host_keys(k.root(1), n), lr, lr, dtype, device), cells)
 
 
 def filled(spec: GrowthSpec, growth: TensorDict, cells: str) -> TensorDict:
@@ -52,10 +52,10 @@ def filled(spec: GrowthSpec, growth: TensorDict, cells: str) -> TensorDict:
     records = growth["slots"].clone()
     host, slot = torch.meshgrid(torch.arange(n), torch.arange(len(SLOTS)), indexing="ij")
     number = host * len(SLOTS) + slot
-    here = {"none": number < 0, "half": number % 2 == 0, "all": number >= 0}[cells].to(growth.device)
-    kinds = ((number // 2 + host // 7) % len(spec.blueprints)).to(growth.device)
+    here = {"none": number < 0, "half": number % 2 == 0, "all": number >= 0}[cells]
+    kinds = (number // 2 + host // 7) % len(spec.blueprints)
     # Some are further along than others, so that not all are judged at once.
-    ramp = (number % BLENDING_EPOCHS).to(growth.device)
+    ramp = number % BLENDING_EPOCHS
     values = {"stage": int(Stage.BLENDING), "blueprint": kinds, "blend": 0, "alpha": 0.4, "ramp_step": ramp}
     for name, value in (values | {"planted": 1}).items():
         records[name] = torch.where(here, value, records[name])

@@ -15,6 +15,7 @@ from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
+from esper.growth.state import placed
 from esper.hosts import ops
 from esper.hosts.transformer import causal_attention
 from esper.seeds import bank
@@ -56,14 +57,15 @@ def flat(tree: TensorDict) -> Tensor:
 
 def outcome(executor, spec: GrowthSpec, growth: TensorDict, topology: str) -> dict[str, Tensor]:
     """Train on a few batches, score two (the second smaller), and return every number."""
-    dtype = next(iter(growth["host", "params"].values(True, True))).dtype
+    weight = next(iter(growth["host", "params"].values(True, True)))
+    dtype, keys = weight.dtype, growth["key"].to(weight.device)
     plan = make_plan(growth["slots"], spec)
     carry = executor.begin(growth, plan)
-    rates = growth["rates"].cpu()
+    rates = growth["rates"]
     for x, y in batches(topology, growth.batch_size[0]):
-        x, y = x.to(growth.device), y.to(growth.device)
+        x, y = x.to(weight.device), y.to(weight.device)
         x = x.to(dtype) if x.is_floating_point() else x
-        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], growth["key"], True)
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, True)
     trained, measured = executor.finish(carry, growth), executor.measured(carry)
     scoring = executor.begin_evaluation(trained, plan, x[0])
     scoring = executor.evaluate_step(scoring, x[1], y)
@@ -90,8 +92,8 @@ def outcome(executor, spec: GrowthSpec, growth: TensorDict, topology: str) -> di
 def test_the_program_equals_the_loop(topology: str, blend: str, incubation: str, executor: str) -> None:
     spec, growth = grown(topology, incubation, blend)
     wanted = outcome(LoopExecutor(spec), spec, growth, topology)
-    exact = outcome(EXECUTORS[executor](spec), spec, growth.to(CUDA), topology)
-    single = outcome(EXECUTORS[executor](spec), spec, cast(growth, torch.float32).to(CUDA), topology)
+    exact = outcome(EXECUTORS[executor](spec), spec, placed(growth, CUDA), topology)
+    single = outcome(EXECUTORS[executor](spec), spec, placed(cast(growth, torch.float32), CUDA), topology)
     for part, value in wanted.items():
         assert apart(exact[part], value) <= 1e-12, part
         if part not in ("correct", "differ"):
@@ -106,7 +108,7 @@ def test_mixed_precision_is_finite_and_close(topology: str, amp: str) -> None:
     mixed = GrowthSpec(**{**{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "amp": amp})
     state = cast(growth, torch.float32)
     state.update(precision.fresh_scale(amp, growth.batch_size[0]))
-    found = outcome(CapturedExecutor(mixed, CUDA), mixed, state.to(CUDA), topology)
+    found = outcome(CapturedExecutor(mixed, CUDA), mixed, placed(state, CUDA), topology)
     assert all(torch.isfinite(value).all() for value in found.values())
     assert apart(found["params"], wanted["params"]) < 6e-2
     assert apart(found["loss"], wanted["loss"]) < 2e-2
@@ -116,7 +118,7 @@ def test_mixed_precision_is_finite_and_close(topology: str, amp: str) -> None:
 def test_plans_that_fit_need_no_recording_and_give_the_same_bits() -> None:
     spec, growth = grown("cnn", "straight_through", "linear")
     executor = CapturedExecutor(spec, CUDA)
-    state = cast(growth, torch.float32).to(CUDA)
+    state = placed(cast(growth, torch.float32), CUDA)
     first = outcome(executor, spec, state, "cnn")
     recorded = executor.recorded
     fewer = state.clone()
@@ -138,9 +140,9 @@ def test_the_bank_changes_alike_on_a_gpu() -> None:
 
     def changes(state: TensorDict) -> TensorDict:
         seeds = bank.plant(state["seeds"], spec.bank, planted, state["slots"], state["key"] + 1)
-        return bank.uproot(seeds, spec.bank, removed.to(state.device))
+        return bank.uproot(seeds, spec.bank, removed)
 
-    here, there = changes(growth), changes(growth.to(CUDA))
+    here, there = changes(growth), changes(placed(growth, CUDA))
     assert not torch.equal(here["params"], growth["seeds", "params"])
     for name, matrix in there.items():
         assert matrix.is_cuda
@@ -150,10 +152,10 @@ def test_the_bank_changes_alike_on_a_gpu() -> None:
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_no_batch_waits_for_the_device(executor: str) -> None:
     spec, growth = grown("cnn", "straight_through", "linear")
-    state = cast(growth, torch.float32).to(CUDA)
+    state = placed(cast(growth, torch.float32), CUDA)
     runner = EXECUTORS[executor](spec)
     plan = make_plan(state["slots"], spec)
-    rates = state["rates"].cpu()
+    rates, keys = state["rates"], state["key"].to(CUDA)
     data = [(x.float().to(CUDA), y.to(CUDA)) for x, y in batches("cnn", state.batch_size[0])]
     outcome(runner, spec, state, "cnn")
     other = state.clone()
@@ -162,7 +164,7 @@ def test_no_batch_waits_for_the_device(executor: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for t, (x, y) in enumerate(data):
-            carry = runner.train_step(carry, x, y, rates["host"], rates["seed"], state["key"], t == len(data) - 1)
+            carry = runner.train_step(carry, x, y, rates["host"], rates["seed"], keys, t == len(data) - 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     scoring = runner.begin_evaluation(other, plan, data[0][0][0])
@@ -379,16 +381,16 @@ def test_batches_are_picked_alike_on_a_gpu(shape: tuple[int, ...]) -> None:
 
 def test_nan_of_one_host_stays_with_it() -> None:
     spec, growth = grown("cnn", "straight_through", "linear")
-    state = cast(growth, torch.float32).to(CUDA)
+    state = placed(cast(growth, torch.float32), CUDA)
     sick = state.clone()
     sick["host", "params", "blocks", "0", "conv", "weight"][0] = float("nan")
     executor = CapturedExecutor(spec, CUDA)
 
     def trained(start: TensorDict) -> TensorDict:
         carry = executor.begin(start, make_plan(start["slots"], spec))
-        rates = start["rates"].cpu()
+        rates, keys = start["rates"], start["key"].to(CUDA)
         for x, y in batches("cnn", start.batch_size[0]):
-            executor.train_step(carry, x.float().to(CUDA), y.to(CUDA), rates["host"], rates["seed"], start["key"], True)
+            executor.train_step(carry, x.float().to(CUDA), y.to(CUDA), rates["host"], rates["seed"], keys, True)
         return executor.finish(carry, start)
 
     well, ill = trained(state), trained(sick)

@@ -116,14 +116,14 @@ def play(
     first = whole.reset()
     if grown is not None:
         _fossilize(env, grown)
-    keys = torch.cat([g["key"].cpu() for g in env.growth()])
+    keys = torch.cat([g["key"] for g in env.growth()])
     ledger.reset(env.records(), keys)
     exploration = ExplorationType.MODE if greedy else ExplorationType.RANDOM
     with set_exploration_type(exploration):
         rollout = whole.rollout(
             env.spec.rules.max_epochs, policy, auto_reset=False, break_when_any_done=False, tensordict=first
         )
-    records: TensorDict = torch.cat([g["slots"].cpu() for g in env.finished_growth()])
+    records: TensorDict = torch.cat([g["slots"] for g in env.finished_growth()])
     return Outcome(
         keys=keys,
         parameters=records["parameters"].sum(1) + env.spec.parameters_of(keys),
@@ -160,7 +160,7 @@ def _fossilize(env: GrowthEnv, grown: TensorDict) -> None:
             gradient_health=1.0,
         )
         seeds = bank.plant(g["seeds"], spec.bank, kept, records, g["key"])
-        growth.append(changed(g, slots=records.to(shard.device), seeds=seeds))
+        growth.append(changed(g, slots=records, seeds=seeds))
     started, metrics = begin(spec, backend.shards, backend.settings, growth)
     state = env.state
     assert state is not None, "the environment was reset"

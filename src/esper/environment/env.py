@@ -230,8 +230,8 @@ class GrowthEnv(EnvBase):
         if self.backend.settings.family is None:
             return None
         growth = self.growth()
-        drawn = draws(self.backend.settings.family, torch.cat([g["key"].cpu() for g in growth]))
-        rates = torch.cat([g["rates", "host"].cpu() for g in growth])
+        drawn = draws(self.backend.settings.family, torch.cat([g["key"] for g in growth]))
+        rates = torch.cat([g["rates", "host"] for g in growth])
         return drawn.update({"host_lr": rates, "host_parameters": self.host_parameters()})
 
     def host_parameters(self) -> Tensor:
@@ -240,13 +240,13 @@ class GrowthEnv(EnvBase):
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""
-        return torch.cat([g["slots"].cpu() for g in self.growth()])
+        return torch.cat([g["slots"] for g in self.growth()])
 
     def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
         records = self.records()
         settings = replace(self.settings.observation, host_parameters=self.host_parameters())
         masks = action_masks(records, settings)
-        keys = torch.cat([g["key"].cpu() for g in self.growth()])
+        keys = torch.cat([g["key"] for g in self.growth()])
         observed = TensorDict(
             {
                 "observation": observe(records, state["tracker"], settings),

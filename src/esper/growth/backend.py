@@ -103,7 +103,7 @@ class LocalBackend:
         return torch.zeros(sum(shard.size for shard in self.shards), dtype=torch.bool)
 
     def evaluate(self, growth: Sequence[TensorDict], part: str) -> TensorDict:
-        plans = [make_plan(g["slots"].cpu(), self.spec) for g in growth]
+        plans = [make_plan(g["slots"], self.spec) for g in growth]
         return step.evaluate(self.shards, growth, plans, self.settings, part)
 
     def rooms(self) -> list[Rooms]:

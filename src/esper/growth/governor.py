@@ -128,14 +128,18 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
 
 def sound_hosts(growth: TensorDict) -> Tensor:
     """Whether all parameters, statistics and moments of each host are finite, bool `[N]` on the CPU."""
-    return finite_rows(list(growth["host"].values(include_nested=True, leaves_only=True))).all(dim=1).cpu()
+    # In one piece, because every launch costs as much as all the numbers.
+    leaves = [leaf.flatten(1) for leaf in growth["host"].values(include_nested=True, leaves_only=True)]
+    return finite_rows([torch.cat(leaves, dim=1)]).squeeze(1).cpu()
 
 
 def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
     """`new` in the rows where `mask` `[N]` is True, `old` elsewhere; every leaf keeps its bits."""
 
+    at = {device: mask.to(device) for device in {leaf.device for leaf in new.values(True, True)}}
+
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask.to(a.device).reshape(-1, *[1] * (a.dim() - 1)), a, b)
+        return torch.where(at[a.device].reshape(-1, *[1] * (a.dim() - 1)), a, b)
 
     chosen: TensorDict = new.apply(pick, old, filter_empty=False)
     return chosen
@@ -161,7 +165,7 @@ def take_snapshot(growth: TensorDict, layout: bank.BankLayout, metrics: TensorDi
             "slots": clear(growth["slots"], ~fossils),
             "losses": growth["governor", "losses"],
             "seen": growth["governor", "seen"],
-            "metrics": _of_fossils(metrics, fossils.cpu()).to(fossils.device),
+            "metrics": _of_fossils(metrics, fossils),
             "epoch": growth["epoch"],
         },
         batch_size=growth.batch_size,
@@ -189,7 +193,6 @@ def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
     if not panic.any():
         return growth
     good, records, governor = growth["snapshot"], growth["slots"], growth["governor"]
-    panic = panic.to(growth["epoch"].device)
     back = panic[:, None] & ~in_stage(records, stages.FAILED)
     judged = changed(
         governor,
@@ -220,19 +223,19 @@ def govern(
     """
     sound = sound_hosts(growth) & metrics["train_loss"].isfinite()
     loss = torch.where(sound, metrics["val_loss"].double(), math.nan)
-    governor, panic = check(growth["governor"].cpu(), loss, settings)
-    judged = changed(growth, governor=governor.to(growth["epoch"].device))
+    governor, panic = check(growth["governor"], loss, settings)
+    judged = changed(growth, governor=governor)
     restored = rollback(judged, panic)
-    age = restored["epoch"].cpu() - restored["snapshot", "epoch"].cpu()
+    age = restored["epoch"] - restored["snapshot", "epoch"]
     due = (governor["reason"] == Reason.NORMAL) & (age >= settings.snapshot_every)
-    metrics = choose(panic, restored["snapshot", "metrics"].cpu(), metrics)
+    metrics = choose(panic, restored["snapshot", "metrics"], metrics)
     restored = take_snapshot(restored, layout, metrics, due)
-    occupied = in_stage(growth["slots"].cpu(), stages.OCCUPIED)
+    occupied = in_stage(growth["slots"], stages.OCCUPIED)
     report = governor.select("reason", "loss", "threshold", "consecutive").update(
         {
             "panic": panic,
-            "restored_epoch": restored["governor", "restored_epoch"].cpu(),
-            "dropped": occupied & ~in_stage(restored["slots"].cpu(), stages.OCCUPIED),
+            "restored_epoch": restored["governor", "restored_epoch"],
+            "dropped": occupied & ~in_stage(restored["slots"], stages.OCCUPIED),
         }
     )
     return restored, metrics, report

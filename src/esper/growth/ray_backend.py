@@ -21,6 +21,7 @@ from torch import Tensor
 from esper.errors import InputError, RunStopped
 from esper.growth.backend import LocalBackend, Place
 from esper.growth.executors.base import Rooms
+from esper.growth.state import placed
 from esper.growth.step import EpochSettings
 from esper.growth.transport import Packed, pack, unpack
 from esper.seeds.blueprints import registry
@@ -65,6 +66,9 @@ class Worker:
         self._device = torch.device(device)
         self._backend = make(size, self._device, *data)
 
+    def _here(self, growth: Packed) -> TensorDict:
+        return placed(unpack(growth), self._device)
+
     def executor(self) -> str:
         """The name of the executor; answers as soon as the worker is ready."""
         return self._backend.places[0].executor
@@ -77,11 +81,11 @@ class Worker:
         return self._answer(growth, metrics)
 
     def run_epoch(self, growth: Packed, actions: Tensor, accuracy: Tensor, epoch: int) -> Answer:
-        (grown,), result = self._backend.run_epoch([unpack(growth, self._device)], actions, accuracy, epoch)
+        (grown,), result = self._backend.run_epoch([self._here(growth)], actions, accuracy, epoch)
         return self._answer(grown, result)
 
     def evaluate(self, growth: Packed, part: str) -> Answer:
-        return self._answer(self._backend.evaluate([unpack(growth, self._device)], part))
+        return self._answer(self._backend.evaluate([self._here(growth)], part))
 
     def _answer(self, *values: TensorDict) -> Answer:
         return Answer(self._backend.rooms()[0], tuple(pack(value) for value in values))
@@ -256,7 +260,7 @@ def _require(there: Mapping[str, float], needed: Mapping[str, int]) -> None:
 def _states(answers: Sequence[tuple[Packed, ...]]) -> tuple[list[TensorDict], TensorDict]:
     """The growth states of all places, and what was measured, of all hosts."""
     measured: TensorDict = torch.cat([unpack(result) for _, result in answers])
-    return [unpack(growth, "cpu") for growth, _ in answers], measured
+    return [unpack(growth) for growth, _ in answers], measured
 
 
 def _stopped(index: int, why: str) -> RunStopped:

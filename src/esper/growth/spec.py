@@ -78,7 +78,7 @@ class GrowthSpec:
         """Which of `shapes` the hosts with `keys` `[N]` have, int64 `[N]` on the CPU."""
         if len(self.shapes) == 1:
             return torch.zeros(keys.shape, dtype=torch.int64)
-        return shape_of(self.host, keys.cpu())
+        return shape_of(self.host, keys)
 
     def parameters_of(self, keys: Tensor) -> Tensor:
         """Trainable parameters of the ungrown hosts with `keys` `[N]`, dead ones not counted; int64 `[N]` on the

@@ -15,6 +15,10 @@ from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
 from esper.seeds.bank import empty_bank
 from esper.seeds.slots import empty_records
+from esper.values import changed
+
+_COMPUTED = ("host", "seeds", "loss_scale", "scale_age")
+"""What training computes with. All else (slots, rates, governor, key, epoch) is books, read and written on the CPU."""
 
 
 def fresh_growth(
@@ -27,8 +31,8 @@ def fresh_growth(
 ) -> TensorDict:
     """Fresh hosts for `keys` `[N]` with base learning rates `[N]`: the TensorDict of `docs/design.md`, section 2.
 
-    Initial weights are drawn on the CPU and moved, so that they are the same whatever the device. The first snapshot is
-    of this state, its metrics nan until they are measured.
+    Initial weights are drawn on the CPU and moved, so that they are the same whatever the device. Only what is computed
+    with is on `device` (`placed`). The first snapshot is of this state, its metrics nan until they are measured.
     """
     n = keys.shape[0]
     keys = keys.cpu()
@@ -47,8 +51,17 @@ def fresh_growth(
             **precision.fresh_scale(spec.amp, n),
         },
         batch_size=[n],
-    ).to(device)
-    return take_snapshot(state, spec.bank, _unmeasured(n, len(spec.slots)), torch.ones(n, dtype=torch.bool))
+    )
+    there = placed(state, device)
+    return take_snapshot(there, spec.bank, _unmeasured(n, len(spec.slots)), torch.ones(n, dtype=torch.bool))
+
+
+def placed(growth: TensorDict, device: torch.device | str) -> TensorDict:
+    """Growth with what is computed with on `device`; the books stay where they are."""
+    there = {name: value.to(device) for name, value in growth.items() if name in _COMPUTED}
+    if "snapshot" in growth.keys():  # noqa: SIM118
+        there["snapshot"] = placed(growth["snapshot"], device)
+    return changed(growth, **there)
 
 
 def _unmeasured(n_hosts: int, n_slots: int) -> TensorDict:

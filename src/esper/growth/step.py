@@ -110,8 +110,8 @@ def run_epoch(
         report) and `restarted` (bool, the step before was a panic). The metrics of a host that panicked are those it
         was taken back to; what its governor saw is in the report.
     """
-    before = [g["slots"].cpu() for g in growth]
-    restarted = [g["governor", "restored_epoch"].cpu() >= 0 for g in growth]
+    before = [g["slots"] for g in growth]
+    restarted = [g["governor", "restored_epoch"] >= 0 for g in growth]
     acted, outcomes = [], []
     for shard, g in zip(shards, growth, strict=True):
         state, outcome = act(spec, g, actions[shard.hosts], accuracy[shard.hosts])
@@ -131,25 +131,25 @@ def run_epoch(
         rows = shard.hosts
         contribution, error = contributions(plan, scores[rows])
         lived = record_epoch(
-            g["slots"].cpu(),
+            g["slots"],
             metrics["val_accuracy"][rows],
             contribution,
             error,
-            _gradients(spec.parameters_of(g["key"]), g["slots"].cpu(), measurements[rows]),
+            _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[rows]),
             healthy_seeds(spec, g),
         )
-        g = changed(g, slots=lived.to(shard.device), epoch=g["epoch"] + 1)
+        g = changed(g, slots=lived, epoch=g["epoch"] + 1)
         g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor)
-        after = g["slots"].cpu()
+        after = g["slots"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:
             after, auto_culled = tick(after, spec.rules)
         outcome["auto_culled"] = auto_culled
         removed = bank.uproot(g["seeds"], spec.bank, auto_culled)
-        done.append(changed(g, slots=after.to(shard.device), seeds=removed))
+        done.append(changed(g, slots=after, seeds=removed))
         standing.append(stands)
         parts = {
-            "key": g["key"].cpu(),
+            "key": g["key"],
             "lived": lived,
             "after": after,
             "outcome": outcome,
@@ -165,12 +165,11 @@ def run_epoch(
 
 def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
-    before = growth["slots"].cpu()
     prices = spec.seed_parameters_of(growth["key"])
-    records, outcome = apply_action(before, action, spec.rules, prices, accuracy)
+    records, outcome = apply_action(growth["slots"], action, spec.rules, prices, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.bank, outcome["culled"])
     seeds = bank.plant(seeds, spec.bank, outcome["germinated"], records, growth["key"])
-    return changed(growth, slots=records.to(growth["key"].device), seeds=seeds), outcome
+    return changed(growth, slots=records, seeds=seeds), outcome
 
 
 @torch.enable_grad()
@@ -186,9 +185,10 @@ def train(
 
     Gradients are switched on here because collectors step environments with gradients off.
     """
+    keys = [g["key"].to(s.device) for s, g in zip(shards, growth, strict=True)]
     batches = SharedBatchIterator(
         [s.splits for s in shards],
-        [g["key"] for g in growth],
+        keys,
         settings.batch_size,
         epoch,
         augment=settings.augment,
@@ -196,14 +196,14 @@ def train(
         family=settings.family,
     )
     carries = [s.executor.begin(g, plan) for s, g, plan in zip(shards, growth, plans, strict=True)]
-    rates = [(g["rates", "host"].cpu(), g["rates", "seed"].cpu()) for g in growth]
+    rates = [(g["rates", "host"], g["rates", "seed"]) for g in growth]
     steps = len(batches)
-    keys = [_dropout_keys(g["key"], epoch, steps) for g in growth]
+    dropout = [_dropout_keys(key, epoch, steps) for key in keys]
     for t, batch in enumerate(batches):
         share = optim.schedule(spec.lr_schedule, epoch * steps + t, spec.rules.max_epochs * steps)
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):
             host_lr, seed_lr = rates[i][0] * share, rates[i][1] * share
-            carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, keys[i][t], t == steps - 1)
+            carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, dropout[i][t], t == steps - 1)
     finished = [s.executor.finish(c, g) for s, c, g in zip(shards, carries, growth, strict=True)]
     parts = list(zip(shards, carries, strict=True))
     return finished, lambda: torch.cat([s.executor.measured(c).cpu() for s, c in parts])

@@ -30,10 +30,10 @@ def pack(value: TensorDictBase) -> Packed:
     )
 
 
-def unpack(packed: Packed, device: torch.device | str | None = None) -> TensorDict:
-    """What was packed, in memory of its own on `device` (None: on the CPU, as values that name no device)."""
+def unpack(packed: Packed) -> TensorDict:
+    """What was packed, in memory of its own on the CPU."""
     items = {
-        key: unpack(item, device) if isinstance(item, Packed) else torch.from_numpy(np.array(item)).to(device)
+        key: unpack(item) if isinstance(item, Packed) else torch.from_numpy(np.array(item))
         for key, item in packed.items.items()
     }
-    return TensorDict(items, batch_size=packed.batch, device=device)
+    return TensorDict(items, batch_size=packed.batch)

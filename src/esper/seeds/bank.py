@@ -126,7 +126,6 @@ def plant(
 
     Weights are drawn on the CPU, so that they are the same on every device. A seed in a padded host is padded alike.
     """
-    germinated, records, host_key = germinated.cpu(), records.cpu(), host_key.cpu()
     if not germinated.any():
         return bank
     params, moments = bank["params"].clone(), bank["moments"].clone()
@@ -160,7 +159,6 @@ def _drawn(host: Host, of: Tensor, keys: Tensor, init: Callable[..., TensorDict]
 
 def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
     """Zero everything in the slots where `removed` `[N, S]`."""
-    removed = removed.cpu()
     if not removed.any():
         return bank
 

@@ -109,7 +109,7 @@ class LoopExecutor(base.Roomless):
                 [m.clone() for m in leaves(as_tree(host["moments"][i]))],
                 seeds,
                 moments,
-                list(growth["slots", "alpha"][i].to(leaves(params)[0].dtype)),
+                _alpha(growth, i),
                 [growth[name][i] for name in precision.fresh_scale(self.spec.amp, 1)],
             )
 
@@ -196,8 +196,7 @@ class LoopExecutor(base.Roomless):
                 for slot, entry in zip(self.spec.slots, row, strict=True)
             ]
             params = as_tree(host["params"][i])
-            alpha = list(growth["slots", "alpha"][i].to(leaves(params)[0].dtype))
-            carry.append(_Scoring(row, params, as_tree(host["statistics"][i]), seeds, alpha))
+            carry.append(_Scoring(row, params, as_tree(host["statistics"][i]), seeds, _alpha(growth, i)))
         if x is not None:
             self._each(lambda i: _calibrate_host(self.spec, carry[i], x), len(carry))
         return carry
@@ -230,6 +229,12 @@ class LoopExecutor(base.Roomless):
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
+
+
+def _alpha(growth: TensorDict, i: int) -> list[Tensor]:
+    """The alphas of host `i`, beside its parameters and of their type."""
+    weight = leaves(as_tree(growth["host", "params"]))[0]
+    return list(growth["slots", "alpha"][i].to(weight.device, weight.dtype))
 
 
 def _layout(x: Tensor) -> Tensor:

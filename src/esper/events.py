@@ -79,6 +79,8 @@ class Summary(TypedDict):
 
 def standard(value: Any) -> Any:
     """`value` as standard JSON data: tensors and arrays as lists, NaN as None, infinities as texts."""
+    if isinstance(value, str | int | None):
+        return value
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -18,6 +18,11 @@ def changed(value: TensorDict, **entries: Any) -> TensorDict:
     return TensorDict({**dict(value.items()), **entries}, batch_size=value.batch_size, device=value.device)
 
 
+def joined(parts: Sequence[TensorDict]) -> TensorDict:
+    """The rows of all parts, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
 def put_rows(value: TensorDict, rows: Tensor, new: TensorDict) -> TensorDict:
     """A TensorDict whose rows `rows` (int64, distinct) of every leaf are those of `new`."""
     return TensorDict(

@@ -25,7 +25,7 @@ from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import put
 from esper.seeds.slots import empty_records
 from esper.seeds.stages import BLENDED, Stage
-from esper.values import changed
+from esper.values import changed, joined
 
 
 class Role(IntEnum):
@@ -123,7 +123,7 @@ def play(
         rollout = whole.rollout(
             env.spec.rules.max_epochs, policy, auto_reset=False, break_when_any_done=False, tensordict=first
         )
-    records: TensorDict = torch.cat([g["slots"] for g in env.finished_growth()])
+    records = joined([g["slots"] for g in env.finished_growth()])
     return Outcome(
         keys=keys,
         parameters=records["parameters"].sum(1) + env.spec.parameters_of(keys),

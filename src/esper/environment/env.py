@@ -28,6 +28,7 @@ from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS
+from esper.values import joined
 
 Observer = Callable[[TensorDict], None]
 """Called after every step with what happened, for telemetry; must not change it."""
@@ -240,7 +241,7 @@ class GrowthEnv(EnvBase):
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""
-        return torch.cat([g["slots"] for g in self.growth()])
+        return joined([g["slots"] for g in self.growth()])
 
     def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
         records = self.records()

@@ -228,7 +228,8 @@ def govern(
     restored = rollback(judged, panic)
     age = restored["epoch"] - restored["snapshot", "epoch"]
     due = (governor["reason"] == Reason.NORMAL) & (age >= settings.snapshot_every)
-    metrics = choose(panic, restored["snapshot", "metrics"], metrics)
+    if panic.any():
+        metrics = choose(panic, restored["snapshot", "metrics"], metrics)
     restored = take_snapshot(restored, layout, metrics, due)
     occupied = in_stage(growth["slots"], stages.OCCUPIED)
     report = governor.select("reason", "loss", "threshold", "consecutive").update(

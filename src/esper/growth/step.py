@@ -27,7 +27,7 @@ from esper.growth.state import fresh_growth
 from esper.keys import Purpose
 from esper.seeds import bank
 from esper.seeds.lifecycle import apply_action, record_epoch, tick
-from esper.values import changed, finite_rows
+from esper.values import changed, finite_rows, joined
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def run_epoch(
             "governor": report,
         }
         results.append(TensorDict(parts, batch_size=[shard.size]))
-    result: TensorDict = torch.cat(results)
-    result["before"], result["metrics"] = torch.cat(before), torch.cat(standing)
+    result = joined(results)
+    result["before"], result["metrics"] = joined(before), joined(standing)
     result["restarted"] = torch.cat(restarted)
     return done, result
 
@@ -206,7 +206,7 @@ def train(
             carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, dropout[i][t], t == steps - 1)
     finished = [s.executor.finish(c, g) for s, c, g in zip(shards, carries, growth, strict=True)]
     parts = list(zip(shards, carries, strict=True))
-    return finished, lambda: torch.cat([s.executor.measured(c).cpu() for s, c in parts])
+    return finished, lambda: joined([s.executor.measured(c).cpu() for s, c in parts])
 
 
 def evaluate(
@@ -229,7 +229,7 @@ def evaluate(
             own = names[i]
             targets = y.expand(shard.size, *y.shape) if own is None else own[:, y]
             carries[i] = shard.executor.evaluate_step(carries[i], x, targets)
-    return torch.cat([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
+    return joined([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
 
 
 def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:

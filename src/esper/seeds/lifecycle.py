@@ -16,8 +16,9 @@ from torch import Tensor
 
 from esper.seeds import blending, gates, stages
 from esper.seeds.actions import BLEND, BLUEPRINT, OP, SLOT, Op
-from esper.seeds.slots import empty_records
+from esper.seeds.slots import emptied
 from esper.seeds.stages import Stage
+from esper.values import changed
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ def put(records: TensorDict, mask: Tensor, **values: Tensor | float | int | bool
     """Records with `values` written where `mask` `[N, S]` is True."""
     if _nowhere(mask):
         return records
-    changed = {}
+    written = {}
     for name, value in values.items():
         old = records[name]
-        new = value if isinstance(value, Tensor) else torch.full_like(old, value)
-        changed[name] = torch.where(mask, new.to(old.dtype), old)
-    return records.clone(recurse=False).update(changed)
+        written[name] = (
+            torch.where(mask, value.to(old.dtype), old) if isinstance(value, Tensor) else old.masked_fill(mask, value)
+        )
+    return changed(records, **written)
 
 
 def _nowhere(mask: Tensor) -> bool:
@@ -87,18 +89,18 @@ def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) ->
 
 def clear(records: TensorDict, mask: Tensor) -> TensorDict:
     """Empty the masked slots; only the number of seeds ever planted survives."""
-    if _nowhere(mask):
-        return records
-    n_hosts, n_slots = records.batch_size
-    blank = empty_records(n_hosts, n_slots, records.device)
-    blank["planted"] = records["planted"]
-    return torch.where(mask, blank, records)
+    return records if _nowhere(mask) else emptied(records, mask)
 
 
 def _cull(records: TensorDict, mask: Tensor) -> TensorDict:
     """The masked seeds are gone: the slot shows CULLED until the tick walks it on."""
-    blank = put(clear(records, mask), mask, previous_epochs_in_stage=records["epochs_in_stage"])
-    return put(blank, mask, stage=Stage.CULLED, previous_stage=records["stage"])
+    return put(
+        clear(records, mask),
+        mask,
+        stage=Stage.CULLED,
+        previous_stage=records["stage"],
+        previous_epochs_in_stage=records["epochs_in_stage"],
+    )
 
 
 def apply_action(

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from esper.seeds.stages import Stage
+from esper.values import changed
 
 LAYOUT = ("early", "mid", "late")
 """The policy's fixed three-slot layout; hosts may offer any number of slots under any names."""
@@ -46,6 +48,12 @@ _FIELDS: dict[str, tuple[torch.dtype, float]] = {
     "planted": (torch.int64, 0),
     "embargo": (torch.int64, 0),
 }
+
+
+def emptied(records: TensorDict, mask: Tensor) -> TensorDict:
+    """Records whose slots in `mask` `[N, S]` hold nothing; only the number of seeds ever planted survives."""
+    kept = {name: records[name].masked_fill(mask, value) for name, (_, value) in _FIELDS.items() if name != "planted"}
+    return changed(records, **kept)
 
 
 def empty_records(n_hosts: int, n_slots: int, device: torch.device | None = None) -> TensorDict:

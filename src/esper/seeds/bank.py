@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esper import keys as k
 from esper.hosts.base import Host, site
+from esper.hosts.init import drawn_on
 from esper.hosts.padded import assemble, shape_of, shapes
 from esper.keys import Purpose
 from esper.seeds import blending
@@ -124,11 +125,12 @@ def plant(
 ) -> TensorDict:
     """Write fresh parameters and zero moments where `germinated` `[N, S]`; every other number keeps its bits.
 
-    Weights are drawn on the CPU, so that they are the same on every device. A seed in a padded host is padded alike.
+    Weights are the same on every device. A seed in a padded host is padded alike.
     """
     if not germinated.any():
         return bank
     params, moments = bank["params"].clone(), bank["moments"].clone()
+    device = params.device
     for j, slot in enumerate(layout.slots):
         hosts = germinated[:, j].nonzero().squeeze(1)
         if hosts.numel() == 0:
@@ -136,25 +138,27 @@ def plant(
         of, blueprint = host_key[hosts], records["blueprint"][hosts, j]
         keys = seed_keys(of, j, records["planted"][hosts, j])
         # Gates are drawn for all blueprints at once, because many small draws take long.
-        gates = torch.cat(_drawn(layout.host, of, keys, partial(_fresh_gate, slot=slot, dtype=params.dtype)), dim=1)
+        gate = partial(_fresh_gate, slot=slot, dtype=params.dtype)
+        gates = torch.cat(_drawn(layout.host, of, keys, gate, device), dim=1)
         for b in blueprint.unique().tolist():
             name, rows = layout.blueprints[b], (blueprint == b).nonzero().squeeze(1)
             init = partial(_fresh_body, slot=slot, blueprint=name, dtype=params.dtype)
-            body = _drawn(layout.host, of[rows], keys[rows], init)
-            fresh = torch.cat([*body, gates[rows]], dim=1).to(params.device)
-            rows, columns = hosts[rows].to(params.device), layout.kinds[slot, name].columns
-            params[:, columns].index_copy_(0, rows, fresh)
-            moments[:, columns].index_fill_(0, rows, 0)
+            body = _drawn(layout.host, of[rows], keys[rows], init, device)
+            fresh = torch.cat([*body, gates.index_select(0, rows.to(device))], dim=1)
+            places, columns = hosts[rows].to(device), layout.kinds[slot, name].columns
+            params[:, columns].index_copy_(0, places, fresh)
+            moments[:, columns].index_fill_(0, places, 0)
     return changed(bank, params=params, moments=moments)
 
 
-def _drawn(host: Host, of: Tensor, keys: Tensor, init: Callable[..., TensorDict]) -> list[Tensor]:
-    """The leaves, as `[n, d]`, of part of a seed for each of `keys` `[n]`, which belong to the hosts with keys `of`
-    `[n]`. `init(host=, keys=)` makes them for one shape of hosts; a narrow host's are padded."""
-    part = init(host=host, keys=keys)
-    if len(shapes(host)) > 1:
-        part = assemble(shapes(host), shape_of(host, of), part, lambda own, rows: init(host=own, keys=keys[rows]))
-    return [leaf.reshape(keys.shape[0], -1) for leaf in _leaves(part)]
+def _drawn(host: Host, of: Tensor, keys: Tensor, init: Callable[..., TensorDict], device: torch.device) -> list[Tensor]:
+    """The leaves, as `[n, d]` on `device`, of part of a seed for each of `keys` `[n]`, which belong to the hosts with
+    keys `of` `[n]`. `init(host=, keys=)` makes them for one shape of hosts; a narrow host's are padded."""
+    with drawn_on(device):
+        part = init(host=host, keys=keys)
+        if len(shapes(host)) > 1:
+            part = assemble(shapes(host), shape_of(host, of), part, lambda own, rows: init(host=own, keys=keys[rows]))
+    return [leaf.reshape(keys.shape[0], -1).to(device) for leaf in _leaves(part)]
 
 
 def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:

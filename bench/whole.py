@@ -27,7 +27,7 @@ from torch import Tensor
 
 from esper import engine
 from esper.config import TrainingConfig
-from esper.control.policy import RecurrentPolicy
+from esper.control.recorded import RecordedPolicy
 from esper.data.batches import SharedBatchIterator
 from esper.environment.env import GrowthEnv
 from esper.events import EventLog
@@ -47,7 +47,7 @@ MEASURED, AT_MOST = 2, 8
 PARTS = (
     (step, "train", "training"),
     (step, "evaluate", "scoring"),
-    (RecurrentPolicy, "forward", "controller"),
+    (RecordedPolicy, "forward", "controller"),
     (Learner, "learn", "update"),
     (engine, "record_step", "events"),
 )
@@ -169,6 +169,7 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
         n_episodes=n * AT_MOST,
         max_epochs=epochs,
         devices=devices,
+        device=devices[0],
         amp=amp,
         gates="permissive",
     )

@@ -22,6 +22,7 @@ from esper.checkpoint.signals import leaving
 from esper.checkpoint.store import CheckpointStore, find, forget_after
 from esper.config import TrainingConfig
 from esper.control.policy import RecurrentPolicy
+from esper.control.recorded import RecordedPolicy
 from esper.engine import Engine, Progress, observer
 from esper.environment.env import GrowthEnv, Observer
 from esper.errors import InputError, RunStopped
@@ -129,7 +130,8 @@ def _engine(config: TrainingConfig, events: EventLog, progress: Progress, watch:
     env.observer = all_observe
     controller = build_controller(config, env)
     learner = build_learner(config, controller) if isinstance(controller, RecurrentPolicy) else None
-    collector = BatchFirstCollector(env, controller, rollouts=-(-config.n_episodes // config.n_envs))
+    policy = RecordedPolicy(controller) if isinstance(controller, RecurrentPolicy) else controller
+    collector = BatchFirstCollector(env, policy, rollouts=-(-config.n_episodes // config.n_envs))
     return Engine(config, env, collector, learner, book, events)
 
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from esper.control.policy import RecurrentPolicy
+from esper.control.recorded import RecordedPolicy
 from esper.keys import root
 from esper.learn.losses import FactoredPPOLoss
 from esper.learn.update import PPOSettings, ppo_update, with_advantages
@@ -39,3 +41,22 @@ def test_steps_and_rows_agree_on_a_gpu():
     outputs = FactoredPPOLoss(policy)(with_advantages(policy, rollout, PPOSettings()))
     assert (outputs["ratio_max"] - 1).abs().max() <= 1e-5
     assert (outputs["ratio_min"] - 1).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("exploration", [ExplorationType.RANDOM, ExplorationType.MODE])
+def test_a_recorded_step_has_the_same_bits_whatever_the_weights(exploration: ExplorationType) -> None:
+    env = Memory(0)
+    policy = RecurrentPolicy(env.features, 32, seed=0)
+    rollout = collect(env, policy).to("cuda")
+    policy = policy.to("cuda")
+    recorded = RecordedPolicy(policy)
+    with set_exploration_type(exploration):
+        for t in range(env.steps):
+            plain, replayed = policy(rollout[:, t].clone()), recorded(rollout[:, t].clone())
+            for key in policy.out_keys:
+                assert torch.equal(plain[key], replayed[key]), (t, key)
+            with torch.no_grad():
+                for weight in policy.parameters():
+                    weight.add_(0.1 * torch.randn_like(weight))
+        few = policy(rollout[:2, 0].clone())
+        assert torch.equal(few["action"], recorded(rollout[:2, 0].clone())["action"])

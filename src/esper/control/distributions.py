@@ -6,6 +6,7 @@ Shapes: `[...]` is any batch shape (`[N]` in a rollout step, `[N, T]` in an upda
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -178,8 +179,8 @@ class FactoredActions(Distribution):
         slot = self.masks.slot.to(torch.bool).expand(*op.shape, -1, -1).gather(-2, row).squeeze(-2)
         by_head = (slot, self.masks.blueprint, self.masks.blend, self.masks.op)
         rows = [pad(mask.to(torch.bool), (0, MAX_WIDTH - mask.shape[-1])) for mask in by_head]
-        everything = torch.arange(MAX_WIDTH, device=op.device) < torch.tensor(WIDTHS, device=op.device).unsqueeze(-1)
-        relevant = RELEVANT.to(op.device)[op]
+        everything, used = _constants(op.device)
+        relevant = used[op]
         mask = torch.where(relevant.unsqueeze(-1), torch.stack(torch.broadcast_tensors(*rows), -2), everything)
         what = f"action mask (last index: position in {', '.join(HEADS)})"
         return MaskedCategorical(self.logits.expand(mask.shape), mask, floor=self.floors, what=what), relevant
@@ -220,6 +221,12 @@ class FactoredActions(Distribution):
         entries = heads.mode if uniforms is None else heads.sample_from(uniforms)
         action = torch.where(relevant, torch.cat([entries[..., :OP], op.unsqueeze(-1)], -1), 0)
         return action, _of_relevant(heads.log_prob(action), relevant)
+
+
+@lru_cache(maxsize=16)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The entries that heads have, `[4, 5]`, and the heads that ops use, `[4, 4]`; a recording cannot fetch them."""
+    return (torch.arange(MAX_WIDTH) < torch.tensor(WIDTHS).unsqueeze(-1)).to(device), RELEVANT.to(device)
 
 
 def _of_relevant(terms: Tensor, relevant: Tensor) -> Tensor:

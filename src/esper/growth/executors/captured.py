@@ -28,6 +28,7 @@ from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import leaves, tree_map
 from esper.hosts.base import Tree
+from esper.memory import uncollected
 
 Pool = Any
 """A handle of memory that recordings share."""
@@ -221,26 +222,19 @@ class CapturedExecutor:
         graph = torch.cuda.CUDAGraph()
         # Programs that nobody uses any more, of other executors too, hold gigabytes until they are collected.
         gc.collect()
-        collecting = gc.isenabled()
-        # Collecting an old recording while a new one is made would be an illegal operation inside it.
-        gc.disable()
-        try:
-            with self._aside():
-                before = [tensor.detach().clone() for tensor in state]
+        with uncollected(), self._aside():
+            before = [tensor.detach().clone() for tensor in state]
+            step()
+            _copy(state, before)
+            # Nothing that lies in caches can be given back while a recording is made.
+            del before
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
                 step()
-                _copy(state, before)
-                # Nothing that lies in caches can be given back while a recording is made.
-                del before
-                torch.cuda.synchronize(self.device)
-                torch.cuda.empty_cache()
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    step()
-                finally:
-                    graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
+            finally:
+                graph.capture_end()
         return graph
 
     @contextmanager

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -158,6 +160,38 @@ def contended(n: int, rounds: int) -> float:
     return statistics.median(quiet) / statistics.median(busy)
 
 
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Within the block all threads of this process run on `cores`."""
+    before = os.sched_getaffinity(0)
+
+    def pin(where: set[int]) -> None:
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), where)
+
+    pin(cores)
+    try:
+        yield
+    finally:
+        pin(before)
+
+
+def all_over_one(n: int, rounds: int) -> float:
+    """Throughput on all cores over that of an environment made for one, medians of alternating rounds."""
+    one = {min(os.sched_getaffinity(0))}
+    wide = make_env(n, max_epochs=rounds + 1)
+    with on_cores(one):
+        narrow = make_env(n, max_epochs=rounds + 1)
+        ours(narrow)
+    ours(wide)
+    alone, together = [], []
+    for _ in range(rounds):
+        together.append(ours(wide))
+        with on_cores(one):
+            alone.append(ours(narrow))
+    return statistics.median(alone) / statistics.median(together)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 4, 8, 16])
@@ -178,10 +212,15 @@ def main() -> None:
             )
     share = overhead(max(given.hosts), 4)
     print(f"controller, PPO and telemetry: {100 * share:.1f} % of a rollout at N={max(given.hosts)}")
+    cores = all_over_one(max(given.hosts), given.rounds)
+    print(f"all {len(os.sched_getaffinity(0))} cores: {cores:.2f} times the throughput of one at N={max(given.hosts)}")
     beside = contended(max(given.hosts), given.rounds)
     print(f"beside one busy process: {100 * beside:.0f} % of the quiet throughput")
     given.out.write_text(
-        json.dumps({"rows": rows, "overhead": share, "contended": beside, "torch": torch.__version__}, indent=2) + "\n"
+        json.dumps(
+            {"rows": rows, "overhead": share, "cores": cores, "contended": beside, "torch": torch.__version__}, indent=2
+        )
+        + "\n"
     )
 
 

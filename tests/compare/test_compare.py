@@ -30,7 +30,7 @@ from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
 from esper.data.family import draws
-from esper.errors import InputError
+from esper.errors import InputError, RunStopped
 from esper.growth.flops import FLOPS, TRAINING
 from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.cnn import CNNHost
@@ -310,6 +310,38 @@ def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
     assert search["twin"] - search["plain"] == 2 * 3 * epoch
     widths = {name: json.loads((tmp_path / name / "config.json").read_text())["use_telemetry"] for name in kinds}
     assert widths == {"plain": True, "twin": True, "narrow": False}
+
+
+def test_a_stopped_comparison_goes_on_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training ends after its second rollout of three, behind its last checkpoint; resumed, every number is as if
+    nothing had happened, what the training cost included."""
+    file, rollout = tmp_path / "compare.json", arms.Spent.rollout
+    learner = {"kind": "ppo", "episodes": 6, "hosts": 2, "learning": {"reward_baseline": "twin"}}
+    training = {"task": "digits", "slots": ["mid"], "max_epochs": 2, "train_samples": 128, "checkpoint_every": 1}
+    given = comparison(
+        training=training, arms=[{"kind": "never"}, learner, {"kind": "static-final", "of": "ppo-greedy"}]
+    )
+    file.write_text(json.dumps(given))
+    flags = {name: ["--config", str(file), "--out", str(tmp_path / name)] for name in ("whole", "stopped")}
+
+    def ends(spent: arms.Spent, episode: int, outcome: dict[str, Any]) -> None:
+        rollout(spent, episode, outcome)
+        if episode == 1:
+            raise RunStopped("no power")
+
+    assert main(flags["whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(arms.Spent, "rollout", ends)
+        assert main(flags["stopped"]) == 1
+    assert main(flags["stopped"]) == 2  # only --resume may write there again
+    assert main([*flags["stopped"], "--resume"]) == 0
+    whole, stopped = (json.loads((tmp_path / name / "compare.json").read_text()) for name in flags)
+    for entry in (*whole["arms"], *stopped["arms"]):
+        entry["chosen"].pop("run", None)
+    assert stopped["arms"] == whole["arms"]
+    assert whole["arms"][1]["search_flops"] > 0
+    file.write_text(json.dumps({**given, "seeds": 3}))
+    assert main([*flags["stopped"], "--resume"]) == 2
 
 
 def test_portions_are_even_and_in_order(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.compare.config import CompareConfig
+from esper.config import read_json
 from esper.errors import InputError, RunStopped
 from esper.events import is_free, write_json
 
@@ -28,13 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esper.compare", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="what is compared (JSON)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; new or empty")
+    parser.add_argument("--resume", action="store_true", help="go on with the comparison in DIR that was stopped")
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "esper.compare", "--config", str(given.config), "--out", str(given.out)])
     try:
         config = CompareConfig.from_json_path(given.config)
-        if not is_free(given.out):
+        if given.resume:
+            _require_same(config, given.out)
+        elif not is_free(given.out):
             raise InputError([f'out: "{given.out}": must be new or empty, so that nothing is written over'])
-        compare(config, given.out, command)
+        compare(config, given.out, command, resume=given.resume)
     except InputError as error:
         print(f"esper.compare: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -45,9 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(config: CompareConfig, out: Path, command: str) -> None:
-    """Run a comparison and write its files. Raises InputError for what this machine lacks or a run that does not fit,
-    RunStopped when a controller's training stops."""
+def _require_same(config: CompareConfig, out: Path) -> None:
+    """Raises InputError unless `out` holds what this comparison has found so far, if anything."""
+    file = out / "compare.json"
+    if file.exists() and read_json(file)["config"] != config.to_dict():
+        raise InputError([f'resume: "{out}": holds another comparison; its configuration must be the same'])
+
+
+def compare(config: CompareConfig, out: Path, command: str, *, resume: bool = False) -> None:
+    """Run a comparison and write its files. With `resume` controllers in `out` whose training was stopped are taken up
+    from their last checkpoints; everything else is played again, with the same numbers. Raises InputError for what this
+    machine lacks or a run that does not fit, RunStopped when a controller's training stops."""
     # Spinning threads that wait for work starve every other process; read once, when torch loads OpenMP.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from esper import keys as k
@@ -59,7 +71,7 @@ def compare(config: CompareConfig, out: Path, command: str) -> None:
     from esper.devices import check_devices
 
     check_devices(config.shared.devices, config.shared.device)
-    bench = Bench(config, out, say=lambda text: print(text, flush=True))
+    bench = Bench(config, out, say=lambda text: print(text, flush=True), resume=resume)
     try:
         judge = bench.judge
     except (ValueError, OSError, ImportError) as error:

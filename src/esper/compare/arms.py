@@ -6,8 +6,9 @@ row, and the test split is read once a row, after that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,33 @@ from esper.seeds.slots import empty_records
 from esper.tasks import get_task
 
 
-class Quiet:
-    """A progress that shows nothing."""
+@dataclass
+class Spent:
+    """A progress that shows nothing. After every rollout it writes down what the hosts of a training have cost so far,
+    so that a training that is taken up again knows; `before` are the FLOPs of earlier processes."""
+
+    file: Path
+    ledger: Ledger
+    before: int = 0
+
+    @property
+    def total(self) -> int:
+        """FLOPs of all hosts up to now."""
+        return self.before + int(self.ledger.total.sum())
 
     def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
         """Nothing."""
 
     def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
-        """Nothing."""
+        """Note the total."""
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"rollouts": episode + 1, "flops": self.total}) + "\n")
+
+    def go_on(self, rollouts: int) -> None:
+        """Begin with what was written down after so many rollouts, the latest time."""
+        lines = self.file.read_text(encoding="utf-8").splitlines() if rollouts else []
+        known = {line["rollouts"]: line["flops"] for line in map(json.loads, lines)}
+        self.before = known[rollouts] if rollouts else 0
 
 
 def run_arms(bench: Bench) -> Iterator[Arm]:
@@ -140,19 +160,25 @@ def _ppo(bench: Bench, arm: Ppo) -> None:
 
 
 def _trained(bench: Bench, arm: Ppo, training: TrainingConfig) -> int:
-    """Train a controller; returns the FLOPs of all hosts and twins."""
+    """Train a controller, or go on with its training; returns the FLOPs of all hosts and twins."""
     run_dir = bench.out / (arm.name or arm.kind)
     costs, empty = costs_of(bench.judge), empty_records(training.n_envs, len(bench.judge.spec.slots))
     ledger = Ledger(costs, training.n_envs)
+    spent, resume = Spent(run_dir / "flops.jsonl", ledger), None
+    if bench.resume and run_dir.exists():
+        resume, (manifest, _) = run_dir, find(run_dir, run_dir)
+        spent.go_on(manifest.counters["rollouts"])
     with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
-        train(run_dir=run_dir, events=events, progress=Quiet(), watch=ledger.add, **training.to_train_kwargs())
+        fields = training.to_train_kwargs()
+        train(run_dir=run_dir, events=events, progress=spent, resume=resume, watch=ledger.add, **fields)
+    total, alone = spent.total, Ledger(costs, training.n_envs)
     for episode in range(-(-training.n_episodes // training.n_envs)):
         keys = episode_keys(training.seed, episode, training.n_envs)
-        ledger.reset(empty, keys)
+        alone.reset(empty, keys)
         if training.reward_baseline == "twin":
             for _ in range(bench.judge.spec.rules.max_epochs):
-                ledger.add(TensorDict({"lived": empty, "key": keys}))
-    return int(ledger.total.sum())
+                alone.add(TensorDict({"lived": empty, "key": keys}))
+    return total + int(alone.total.sum())
 
 
 def _learned(run_dir: Path, training: TrainingConfig, env: GrowthEnv) -> tuple[RecurrentPolicy, int]:

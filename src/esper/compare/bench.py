@@ -60,11 +60,13 @@ class Trial(NamedTuple):
 
 @dataclass
 class Bench:
-    """Where arms are judged: the environments they share and the rows found so far. `say` is told what happens."""
+    """Where arms are judged: the environments they share and the rows found so far. `say` is told what happens; with
+    `resume` trainings that were stopped go on."""
 
     config: CompareConfig
     out: Path
     say: Callable[[str], None]
+    resume: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
     host_lr: float | None = None
     _tuner: GrowthEnv | None = None

@@ -22,7 +22,6 @@ schedules as well. Prints a table and writes `bench-choosing.json`.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from esper.compare.play import Role, play
 from esper.config import read_json
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedules
+from esper.events import write_json
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Strengths of the regression tried, per host."""
@@ -129,7 +129,7 @@ def main() -> None:
     for row in rows:
         cells = [f"{row[name]:+.2f}" if name in row else "" for name in names]
         print(f"| {row['price']} | {row['schedule']} | {' | '.join(cells)} |")
-    given.out.write_text(json.dumps({"config": str(given.config), "rows": rows}, indent=1) + "\n")
+    write_json(given.out, {"config": str(given.config), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import choosing
 import gpu
 import plain
 import surrogate
@@ -124,3 +125,50 @@ def test_the_surrogate_learns_in_both_ways_to_end_an_episode(monkeypatch: pytest
     assert found["schedule"][0]["objective"] > found["never"][0]["objective"]
     assert found["terminal"][0] == found["truncated"][0]
     assert found["terminal"][1] != found["truncated"][1]
+
+
+def test_predictions_are_those_of_a_regression_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a ridge regression with a free intercept, fitted anew for every host that is left out."""
+    monkeypatch.setattr(choosing, "RIDGES", (0.1,))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=g, dtype=torch.float64)
+    x[:, 3] = 1.0
+    y = 2.0 * x[:, 0] + torch.randn(12, generator=g, dtype=torch.float64)
+    z = ((x - x.mean(0)) / x.std(0))[:, :3]
+    design = torch.cat([z, torch.ones(12, 1, dtype=torch.float64)], dim=1)
+    penalty = torch.diag(torch.tensor([1.2, 1.2, 1.2, 0.0], dtype=torch.float64))
+    for i in range(12):
+        others = torch.arange(12) != i
+        a, b = design[others], y[others]
+        expected = design[i] @ torch.linalg.solve(a.T @ a + penalty, a.T @ b)
+        assert choosing.left_out(x, y)[i] == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_choosing_is_worth_nothing_where_all_gain_and_everything_where_it_shows() -> None:
+    """Four hosts in ten lose; a number that the controller sees says which, and so does the contribution."""
+    n = 200
+    loses = torch.arange(n) % 10 < 4
+    accuracy = torch.where(loses, -3.0, 2.0).double()[:, None].expand(n, 2).clone()
+    accuracy[:, 1] = 1.0
+    seen = torch.stack([loses.double(), torch.arange(n).double().sin()], dim=1)[:, None].expand(n, 5, 2)
+    found = choosing.Played(["a", "b"], [0, 3], accuracy, torch.full((n, 2), 10.0).double(), accuracy, seen)
+    free, _, both = choosing.worth(found, 0.0)
+    assert free["all"] == pytest.approx(0.0)
+    assert free["seen"] == free["contribution"] == free["foresight"] == pytest.approx(0.6 * 2.0)
+    assert both["all"] == pytest.approx(1.0)
+    assert both["seen"] == pytest.approx(0.6 * 2.0 + 0.4 * 1.0)
+    dear = choosing.worth(found, 0.15)
+    assert [row["all"] for row in dear[:2]] == pytest.approx([-1.5, -0.5])
+    assert dear[2]["seen"] == pytest.approx(0.6 * 0.5)
+
+
+def test_choosing_plays_every_schedule_of_a_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", ["choosing.py", "--smoke", "--price", "0", "0.1", "--out", str(out)])
+    choosing.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["price"] for row in rows] == [0.0] * 5 + [0.1] * 5
+    assert rows[4]["schedule"] == "choice of all"
+    assert rows[4]["all"] == max(row["all"] for row in rows[:4])
+    for free, dear in zip(rows[:4], rows[5:9], strict=True):
+        assert dear["all"] < free["all"] <= free["foresight"]

@@ -129,7 +129,7 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
 def sound_hosts(growth: TensorDict) -> Tensor:
     """Whether all parameters, statistics and moments of each host are finite, bool `[N]` on the CPU."""
     # In one piece, because every launch costs as much as all the numbers.
-    leaves = [leaf.flatten(1) for leaf in growth["host"].values(include_nested=True, leaves_only=True)]
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in growth["host"].values(include_nested=True, leaves_only=True)]
     return finite_rows([torch.cat(leaves, dim=1)]).squeeze(1).cpu()
 
 

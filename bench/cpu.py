@@ -162,18 +162,20 @@ def contended(n: int, rounds: int) -> float:
 
 @contextmanager
 def on_cores(cores: set[int]) -> Iterator[None]:
-    """Within the block all threads of this process run on `cores`."""
-    before = os.sched_getaffinity(0)
+    """Within the block all threads of this process run on `cores`, and operations use as many threads."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
 
     def pin(where: set[int]) -> None:
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), where)
 
     pin(cores)
+    torch.set_num_threads(len(cores))
     try:
         yield
     finally:
         pin(before)
+        torch.set_num_threads(threads)
 
 
 def all_over_one(n: int, rounds: int) -> float:

@@ -247,7 +247,9 @@ def build_controller(config: TrainingConfig, env: GrowthEnv) -> RecurrentPolicy 
             )
             return policy.to(config.device)
         case "heuristic":
-            return ScriptedPolicy(heuristic(HeuristicSettings(max_epochs)))
+            return ScriptedPolicy(
+                heuristic(HeuristicSettings(max_epochs, contribution_scale=config.contribution_scale))
+            )
         case "random":
             return ScriptedPolicy(random_legal())
         case "schedule":

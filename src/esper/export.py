@@ -180,7 +180,7 @@ def export_run(run: Path, out: Path, host: int | None = None) -> dict[str, Any]:
         "seed": config.seed,
         "host": chosen,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "validation_accuracy": accuracy(network, _told(config, splits, growth["key"][chosen : chosen + 1].cpu())),
+        "validation_accuracy": accuracy(network, _told(config, splits, growth["key"][chosen : chosen + 1])),
     }
     write(out, {**architecture, "input": _preparation(splits), "about": about}, network)
     return about

@@ -62,9 +62,7 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
     # Beside the weights from the start: a GPU divides by a number on the CPU in another way than by one of its own.
     rewards = reward_scale().to(next(policy.parameters()).device)
-    return Learner(
-        policy, optimizer, rewards, settings, k.root(config.seed), contribution_scale=config.contribution_scale
-    )
+    return Learner(policy, optimizer, rewards, settings, k.root(config.seed), config.contribution_scale)
 
 
 def train(

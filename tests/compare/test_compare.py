@@ -30,7 +30,7 @@ from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
 from esper.data.family import draws
-from esper.errors import InputError, RunStopped
+from esper.errors import InputError
 from esper.growth.flops import FLOPS, TRAINING
 from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.cnn import CNNHost
@@ -313,9 +313,9 @@ def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
 
 
 def test_a_stopped_comparison_goes_on_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training ends after its second rollout of three, behind its last checkpoint; resumed, every number is as if
-    nothing had happened, what the training cost included."""
-    file, rollout = tmp_path / "compare.json", arms.Spent.rollout
+    """A training is interrupted in the middle of its second rollout of three; resumed, every number is as if nothing
+    had happened, what the training cost included."""
+    file, add = tmp_path / "compare.json", arms.Spent.add
     learner = {"kind": "ppo", "episodes": 6, "hosts": 2, "learning": {"reward_baseline": "twin"}}
     training = {"task": "digits", "slots": ["mid"], "max_epochs": 2, "train_samples": 128, "checkpoint_every": 1}
     given = comparison(
@@ -324,15 +324,19 @@ def test_a_stopped_comparison_goes_on_and_finds_the_same(tmp_path: Path, monkeyp
     file.write_text(json.dumps(given))
     flags = {name: ["--config", str(file), "--out", str(tmp_path / name)] for name in ("whole", "stopped")}
 
-    def ends(spent: arms.Spent, episode: int, outcome: dict[str, Any]) -> None:
-        rollout(spent, episode, outcome)
-        if episode == 1:
-            raise RunStopped("no power")
+    def interrupted(spent: arms.Spent, result: TensorDict) -> None:
+        add(spent, result)
+        if spent.step == 4:
+            raise KeyboardInterrupt
 
     assert main(flags["whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(arms.Spent, "rollout", ends)
-        assert main(flags["stopped"]) == 1
+        patch.setattr(arms.Spent, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags["stopped"])
+    with (tmp_path / "stopped" / "ppo" / "flops.jsonl").open("a") as lines:
+        lines.write('{"step": 5, "fl')  # killed as it wrote
+    assert find(tmp_path / "stopped" / "ppo", tmp_path / "stopped" / "ppo")[1].step == 3
     assert main(flags["stopped"]) == 2  # only --resume may write there again
     assert main([*flags["stopped"], "--resume"]) == 0
     whole, stopped = (json.loads((tmp_path / name / "compare.json").read_text()) for name in flags)
@@ -342,6 +346,37 @@ def test_a_stopped_comparison_goes_on_and_finds_the_same(tmp_path: Path, monkeyp
     assert all(cost > 0 for cost in whole["arms"][1]["search_flops"].values())
     file.write_text(json.dumps({**given, "seeds": 3}))
     assert main([*flags["stopped"], "--resume"]) == 2
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    assert main(["--config", str(file), "--out", str(tmp_path / "thesis"), "--resume"]) == 2
+
+
+def test_a_controller_is_trained_and_judged_with_its_own_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`contribution_scale` of a `ppo` arm reaches observations and responses, in training and on fresh hosts."""
+    seen = []
+
+    def noted(name: str):
+        def note(policy, rollout, scale: float) -> dict[str, Any]:
+            seen.append((name, scale))
+            return {}
+
+        return note
+
+    monkeypatch.setattr(bench, "aimed", noted("judged"))
+    monkeypatch.setattr("esper.learn.learner.responses", noted("trained"))
+    played, play_ = [], bench.play
+
+    def play_and_note(env, *arguments, **fields):
+        played.append(env.settings.observation.contribution_scale)
+        return play_(env, *arguments, **fields)
+
+    monkeypatch.setattr(bench, "play", play_and_note)
+    learner = {"kind": "ppo", "episodes": 2, "hosts": 2, "learning": {"contribution_scale": 50.0}}
+    training = {"task": "digits", "slots": ["mid"], "max_epochs": 2, "train_samples": 128}
+    given = comparison(training=training, arms=[{"kind": "never"}, learner, {"kind": "heuristic"}])
+    list(arms.run_arms(Bench(CompareConfig.from_dict(given), tmp_path, print)))
+    assert seen == [("trained", 50.0), ("judged", 50.0), ("judged", 50.0)]
+    assert played == [10.0, 50.0, 50.0, 10.0]
 
 
 def test_portions_are_even_and_in_order(tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ def test_heuristic_is_the_same_at_both_widths():
     assert actions[0].any()
 
 
-def decide(*slots: dict | None, **carried: object) -> list[int]:
-    controller = heuristic(HeuristicSettings(25))
-    td = step_input(make_records(*slots))
+def decide(*slots: dict | None, scale: float = 10.0, **carried: object) -> list[int]:
+    controller = heuristic(HeuristicSettings(25, contribution_scale=scale))
+    td = step_input(make_records(*slots), settings=ObservationSettings(LAYOUT, 5, 25, 400, contribution_scale=scale))
     carry = controller.init(1)
     _, carry = controller.act(td, carry)
     for name, value in carried.items():
@@ -191,6 +191,16 @@ def test_heuristic_drops_a_seed_under_which_accuracy_fell():
     old = {"stage": Stage.TRAINING, "age": 9}
     assert decide(old, old, None, epochs_in_stage=[5, 5, 0], accuracy_at_stage_start=[1.0, 3.0, 0.0])[OP] == Op.CULL
     assert decide(old, old, None, epochs_in_stage=[5, 2, 0], accuracy_at_stage_start=[1.0, 3.0, 0.0])[OP] == Op.WAIT
+
+
+@pytest.mark.parametrize("scale", [10.0, 50.0])
+def test_heuristic_weighs_harm_in_points(scale: float) -> None:
+    """A seed under which accuracy fell by 2.5 points against one that costs 8 or 2 by measurement."""
+    fell = {"stage": Stage.TRAINING, "age": 9}
+    carried = {"epochs_in_stage": [5, 1, 0], "accuracy_at_stage_start": [2.5, 0.0, 0.0]}
+    for contribution, slot in ((-8.0, 1), (-2.0, 0)):
+        harmful = {**PROBATION, "contribution": contribution}
+        assert decide(fell, harmful, None, scale=scale, **carried) == [slot, 0, 0, Op.CULL]
 
 
 def test_heuristic_passes_over_a_blueprint_that_just_failed():

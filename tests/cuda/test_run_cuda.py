@@ -44,6 +44,13 @@ def test_the_first_decisions_are_those_of_the_cpu(tmp_path) -> None:
     assert first[0]
 
 
+def test_hosts_of_a_family_grow_on_the_gpu(tmp_path) -> None:
+    """Hosts that differ in whatever a family can draw: what is drawn is on the CPU, what is trained is not."""
+    family = {"classes": [2, 3], "train_fraction": [0.5, 1.0], "label_noise": [0.0, 0.3], "host_lr_factor": [0.5, 2.0]}
+    summary, _ = run(tmp_path / "a", devices=["cuda:0"], family=family, controller="random", max_epochs=4)
+    assert summary["seeds_planted"] > 0
+
+
 def test_the_policy_may_live_on_the_gpu(tmp_path) -> None:
     summary, _ = run(tmp_path / "a", devices=["cuda:0"], device="cuda:0", n_episodes=4, max_epochs=4)
     assert summary["env_epochs"] == 16

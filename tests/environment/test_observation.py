@@ -75,6 +75,13 @@ def test_contributions_are_clamped_and_scaled(contribution, expected):
     assert value("early.contribution", seed, None, None) == pytest.approx(expected)
 
 
+def test_contributions_are_seen_as_far_as_the_run_says():
+    wide = dataclasses.replace(SETTINGS, contribution_scale=50.0)
+    for contribution, expected in ((3.0, 0.06), (-40.0, -0.8), (99.0, 1.0), (float("nan"), 0.0)):
+        seed = {**BLENDING, "contribution": contribution}
+        assert value("early.contribution", seed, None, None, settings=wide) == pytest.approx(expected)
+
+
 def test_telemetry_of_a_seed():
     seed = {
         "gradient_norm": 5.0,

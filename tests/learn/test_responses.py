@@ -73,14 +73,14 @@ def test_means_are_those_of_a_plain_loop() -> None:
             expected[f"response/slots/{b}"] = float(len(by_op["WAIT"]))
             expected |= {f"response/{op}/{b}": sum(values) / len(values) for op, values in by_op.items()}
     assert len(expected) > 20
-    assert responses(policy, rows) == pytest.approx(expected, abs=1e-6)
+    assert responses(policy, rows, 10.0) == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_an_op_was_aimed_at_is_counted_where_it_is_legal() -> None:
     policy, rows = RecurrentPolicy(len(FEATURES), H, seed=0), rollout()
     with torch.no_grad():
         actions, _ = policy.evaluate(rows)
-    found = aimed(policy, rows)
+    found = aimed(policy, rows, 10.0)
     assert list(found) == ["CULL", "FOSSILIZE"]
     for op in (Op.CULL, Op.FOSSILIZE):
         expected = []
@@ -106,15 +106,24 @@ def test_culling_is_counted_where_it_is_aimed() -> None:
     for place, slot in enumerate(LAYOUT):
         rows["observation"][..., INDEX[f"{slot}.stage"]] = (Stage.PROBATIONARY - 1) / 6
         rows["observation"][..., INDEX[f"{slot}.contribution"]] = (-0.5, 0.5, -0.5)[place]
-    seen = responses(policy, rows)
+    seen = responses(policy, rows, 10.0)
     assert seen["response/slots/below -3"] == 2 * N * T
     assert seen["response/slots/3 and more"] == N * T
     assert seen["response/CULL/below -3"] == pytest.approx(0, abs=1e-6)
     assert seen["response/CULL/3 and more"] > 0.1
 
 
+def test_contributions_are_told_in_points_whatever_the_scale() -> None:
+    policy, rows = RecurrentPolicy(len(FEATURES), H, seed=0), rollout()
+    near, far = aimed(policy, rows, 10.0), aimed(policy, rows, 50.0)
+    for op, (points, chances) in near.items():
+        assert torch.allclose(far[op][0], 5.0 * points)
+        assert torch.equal(far[op][1], chances)
+    assert responses(policy, rows, 10.0) != responses(policy, rows, 50.0)
+
+
 def test_without_seeds_there_is_nothing_to_report() -> None:
     rows = rollout()
     for slot in LAYOUT:
         rows["observation"][..., INDEX[f"{slot}.stage"]] = 0.0
-    assert responses(RecurrentPolicy(len(FEATURES), H, seed=0), rows) == {}
+    assert responses(RecurrentPolicy(len(FEATURES), H, seed=0), rows, 10.0) == {}

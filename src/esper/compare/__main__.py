@@ -28,7 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m esper.compare", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="what is compared (JSON)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where it goes; new or empty")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where it goes; new or empty, or with --resume what is there",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the comparison in DIR that was stopped")
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "esper.compare", "--config", str(given.config), "--out", str(given.out)])
@@ -50,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _require_same(config: CompareConfig, out: Path) -> None:
-    """Raises InputError unless `out` holds what this comparison has found so far, if anything."""
+    """Raises InputError unless `out` holds what this comparison has found so far."""
     file = out / "compare.json"
-    if file.exists() and read_json(file)["config"] != config.to_dict():
+    if not file.exists():
+        raise InputError([f'resume: "{out}": must hold a comparison that was stopped; it has no compare.json'])
+    if read_json(file)["config"] != config.to_dict():
         raise InputError([f'resume: "{out}": holds another comparison; its configuration must be the same'])
 
 
@@ -78,19 +86,21 @@ def compare(config: CompareConfig, out: Path, command: str, *, resume: bool = Fa
         raise InputError([str(error)]) from error
     out.mkdir(parents=True, exist_ok=True)
     summary: list[dict[str, Any]] = []
+    about: dict[str, Any] = {
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions()},
+        "config": config.to_dict(),
+        "training": config.shared.to_dict(),
+        "host_parameters": judge.spec.host_parameters,
+        "hosts": None,
+        "arms": summary,
+    }
+    # Written now and after every arm, so that a comparison that is stopped leaves what it is and what it has found.
+    write_json(out / "compare.json", about)
     for arm in run_arms(bench):
-        # Written after every arm, so that a comparison that is stopped leaves what it has found.
         drawn = judge.drawn()
         summary = summarise(bench.rows.values(), k.fold(k.root(config.shared.seed), k.Purpose.STATISTICS))
-        about = {
-            "command": command,
-            "versions": {"python": platform.python_version(), **versions()},
-            "config": config.to_dict(),
-            "training": config.shared.to_dict(),
-            "host_parameters": judge.spec.host_parameters,
-            "hosts": None if drawn is None else drawn.to_dict(),
-            "arms": summary,
-        }
+        about |= {"hosts": None if drawn is None else drawn.to_dict(), "arms": summary}
         write_json(out / "compare.json", about)
         (out / "compare.md").write_text(markdown(summary, about), encoding="utf-8")
         bench.say(f"{arm.kind}: done")

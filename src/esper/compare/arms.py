@@ -40,7 +40,7 @@ from esper.control.simple import never_grow, patient_schedule, patient_schedules
 from esper.control.transfer import Transferred
 from esper.environment.env import GrowthEnv, episode_keys
 from esper.errors import InputError
-from esper.events import EventLog
+from esper.events import EventLog, load
 from esper.growth.flops import FLOPS, TRAINING, Ledger
 from esper.learn.responses import Learned
 from esper.run import train
@@ -48,33 +48,44 @@ from esper.seeds.slots import empty_records
 from esper.tasks import get_task
 
 
+class Quiet:
+    """A progress that shows nothing."""
+
+    def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
+        """Nothing."""
+
+    def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 @dataclass
 class Spent:
-    """A progress that shows nothing. After every rollout it writes down what the hosts of a training have cost so far,
-    so that a training that is taken up again knows; `before` are the FLOPs of earlier processes."""
+    """What the hosts of a training have cost, written down after every step, so that a training that is taken up again
+    knows. `before` are the FLOPs of earlier processes, `step` the steps that were made."""
 
     file: Path
     ledger: Ledger
     before: int = 0
+    step: int = 0
 
     @property
     def total(self) -> int:
         """FLOPs of all hosts up to now."""
         return self.before + int(self.ledger.total.sum())
 
-    def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
-        """Nothing."""
-
-    def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
-        """Note the total."""
+    def add(self, result: TensorDict) -> None:
+        """Take in one step of all hosts."""
+        self.ledger.add(result)
+        self.step += 1
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"rollouts": episode + 1, "flops": self.total}) + "\n")
+            lines.write(json.dumps({"step": self.step, "flops": self.total}) + "\n")
 
-    def go_on(self, rollouts: int) -> None:
-        """Begin with what was written down after so many rollouts, the latest time."""
-        lines = self.file.read_text(encoding="utf-8").splitlines() if rollouts else []
-        known = {line["rollouts"]: line["flops"] for line in map(json.loads, lines)}
-        self.before = known[rollouts] if rollouts else 0
+    def go_on(self, step: int) -> None:
+        """Begin with what was written down, the latest time, after so many steps. Raises InputError if nothing was."""
+        known = {line["step"]: line["flops"] for line in load(self.file)} if self.file.exists() else {}
+        if step and step not in known:
+            raise InputError([f'resume: "{self.file}": does not say what the hosts had cost after step {step}'])
+        self.step, self.before = step, known.get(step, 0)
 
 
 def run_arms(bench: Bench) -> Iterator[Arm]:
@@ -88,8 +99,9 @@ def run_arms(bench: Bench) -> Iterator[Arm]:
             case RandomLegal():
                 bench.evaluate(name, ScriptedPolicy(random_legal()))
             case Heuristic():
-                epochs = bench.judge.spec.rules.max_epochs
-                bench.evaluate(name, ScriptedPolicy(heuristic(HeuristicSettings(epochs))))
+                seen = bench.judge.settings.observation
+                rules = HeuristicSettings(seen.max_epochs, contribution_scale=seen.contribution_scale)
+                bench.evaluate(name, ScriptedPolicy(heuristic(rules)))
             case Schedule():
                 _schedule(bench, arm, name)
             case Ppo():
@@ -167,10 +179,10 @@ def _trained(bench: Bench, arm: Ppo, training: TrainingConfig) -> int:
     spent, resume = Spent(run_dir / "flops.jsonl", ledger), None
     if bench.resume and run_dir.exists():
         resume, (manifest, _) = run_dir, find(run_dir, run_dir)
-        spent.go_on(manifest.counters["rollouts"])
+        spent.go_on(manifest.step)
     with EventLog(run_dir, training.to_dict(), training.telemetry_level) as events:
         fields = training.to_train_kwargs()
-        train(run_dir=run_dir, events=events, progress=spent, resume=resume, watch=ledger.add, **fields)
+        train(run_dir=run_dir, events=events, progress=Quiet(), resume=resume, watch=spent.add, **fields)
     total, alone = spent.total, Ledger(costs, training.n_envs)
     for episode in range(-(-training.n_episodes // training.n_envs)):
         keys = episode_keys(training.seed, episode, training.n_envs)

@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from esper.control.simple import Controller, assemble
-from esper.environment.observation import MAX_PLATEAU, feature
+from esper.environment.observation import CONTRIBUTION_SCALE, MAX_PLATEAU, feature
 from esper.seeds.actions import MAX_BLUEPRINTS, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import Stage
@@ -35,6 +35,7 @@ class HeuristicSettings:
         penalty, decay, skip: losing a seed adds `penalty` to its blueprint; it decays every epoch by the factor
             `decay`, and a blueprint is passed over at or above `skip`. The defaults pass it over for 7 epochs after
             one loss, longer than the embargo, and longer after more.
+        contribution_scale: the run's, in which observations show contributions.
     """
 
     max_epochs: int
@@ -48,6 +49,7 @@ class HeuristicSettings:
     penalty: float = 2.0
     decay: float = 0.9
     skip: float = 1.0
+    contribution_scale: float = CONTRIBUTION_SCALE
 
 
 def heuristic(settings: HeuristicSettings) -> Controller:
@@ -119,7 +121,7 @@ def _remember(observation: Tensor, carry: TensorDict, settings: HeuristicSetting
 def _decide(td: TensorDictBase, carry: TensorDict, settings: HeuristicSettings) -> tuple[Tensor, Tensor]:
     """The action `[N, 4]` and the blueprint `[N]` it would plant."""
     observation, slot_mask = td["observation"], td["mask_slot"]
-    contribution = _per_slot(observation, "contribution")
+    contribution = settings.contribution_scale * _per_slot(observation, "contribution")
     drop = carry["accuracy_at_stage_start"] - 100.0 * feature(observation, "val_accuracy")[:, None]
     stage = carry["stage"]
     growing = (stage == Stage.TRAINING) | (stage == Stage.BLENDING)

@@ -56,10 +56,13 @@ class RecordedPolicy(TensorDictModuleBase):
     def _record(self, td: TensorDictBase) -> _Program:
         inputs: TensorDict = td.select(*self.in_keys).clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(inputs["observation"].device), torch.no_grad():
+        device = inputs["observation"].device
+        with torch.cuda.device(device), torch.no_grad():
             # Libraries and constants load when they are first needed.
             self.policy(inputs.clone(recurse=False))
             torch.cuda.synchronize()
-            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Torch's own stream for recordings belongs to the first device that recorded anything.
+            stream = torch.cuda.Stream(device)
+            with uncollected(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = self.policy(inputs.clone(recurse=False)).select(*self.out_keys)
         return _Program(graph, inputs, outputs)

@@ -222,7 +222,7 @@ def evaluate(
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
     ]
     size, dtype = settings.evaluation_batch, settings.dtype
-    names = [None if family is None else class_names(family, s.splits.train, g["key"]) for s, g in pairs]
+    names = [None if family is None else class_names(family, s.splits.train, g["key"].to(s.device)) for s, g in pairs]
     streams = [evaluation_batches(s.splits, _part(s.splits, part), size, dtype) for s in shards]
     for batch in zip(*streams, strict=True):
         for i, (shard, (x, y)) in enumerate(zip(shards, batch, strict=True)):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from esper import keys as k
 from esper.checkpoint.tensors import like
 from esper.control.policy import RecurrentPolicy
-from esper.environment.observation import CONTRIBUTION_SCALE, feature_mask
+from esper.environment.observation import feature_mask
 from esper.keys import Purpose
 from esper.learn.normalizers import RunningMeanStd, scale_reward, update, update_reward_scale
 from esper.learn.responses import responses
@@ -20,16 +20,17 @@ from esper.learn.update import PPOSettings, UpdateObserver, entropy_coefficient,
 
 @dataclass
 class Learner:
-    """`rollouts` counts updates and keys their draws; `refused` counts the latest in a row that were not finite."""
+    """`contribution_scale` is that of the observations, in percentage points; `rollouts` counts updates and keys their
+    draws; `refused` counts the latest in a row that were not finite."""
 
     policy: RecurrentPolicy
     optimizer: Optimizer
     rewards: RunningMeanStd
     settings: PPOSettings
     key: torch.Tensor
+    contribution_scale: float
     rollouts: int = 0
     refused: int = 0
-    contribution_scale: float = CONTRIBUTION_SCALE
 
     def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held

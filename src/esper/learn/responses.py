@@ -9,7 +9,7 @@ from torch import Tensor
 from esper.control.distributions import FactoredActions
 from esper.control.policy import RecurrentPolicy
 from esper.control.transfer import Transferred
-from esper.environment.observation import CONTRIBUTION_SCALE, feature
+from esper.environment.observation import feature
 from esper.seeds.actions import SLOT, Op
 from esper.seeds.reports import stage_feature
 from esper.seeds.slots import LAYOUT
@@ -23,12 +23,13 @@ BINS = ("below -3", "-3 to -1", "-1 to 0", "0 to 1", "1 to 3", "3 and more")
 """The bins, from harm to use."""
 
 
-def responses(policy: RecurrentPolicy, rollout: TensorDictBase, scale: float = CONTRIBUTION_SCALE) -> dict[str, float]:
+def responses(policy: RecurrentPolicy, rollout: TensorDictBase, scale: float) -> dict[str, float]:
     """Mean probability of each op by the contribution of a seed that is still undecided, over a rollout `[N, T]`.
 
     Counted is every slot of every step whose seed is blending or on probation and has a measured contribution. Keys are
     `response/<op>/<bin>` with the probability of WAIT and GERMINATE, and for CULL and FOSSILIZE that of aiming them at
     this very slot, and `response/slots/<bin>`, how many slots the means are over. Bins without any are left out.
+    `scale` is the run's `contribution_scale`.
     """
     with torch.no_grad():
         actions, _ = policy.evaluate(rollout)
@@ -43,13 +44,12 @@ def responses(policy: RecurrentPolicy, rollout: TensorDictBase, scale: float = C
     return {f"response/{what}/{b}": row[b] for what, row in table.items() for b in BINS if counts[b] > 0}
 
 
-def aimed(
-    policy: Learned, rollout: TensorDictBase, scale: float = CONTRIBUTION_SCALE
-) -> dict[str, tuple[Tensor, Tensor]]:
+def aimed(policy: Learned, rollout: TensorDictBase, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
     """What CULL and FOSSILIZE were worth doing, and how likely they were, over a rollout `[N, T]`.
 
     For each op the contributions `[n]`, percentage points, of the undecided seeds that it could have been aimed at, and
-    the probability `[n]` of aiming it at this very seed. Steps in which the op is not legal there do not count.
+    the probability `[n]` of aiming it at this very seed. Steps in which the op is not legal there do not count. `scale`
+    is the run's `contribution_scale`.
     """
     with torch.no_grad():
         actions, _ = policy.evaluate(rollout)

@@ -217,7 +217,7 @@ def start(
         rows=rows,
         columns=columns,
         seeds=fetch(growth["seeds", "params"], address),
-        alpha=growth["slots", "alpha"].to(device),
+        alpha=upload(growth["slots", "alpha"], device),
         correct=torch.zeros(n + sum(map(sum, room.branches)), dtype=torch.int64, device=device),
         differ=torch.zeros(n, n_slots, dtype=torch.int64, device=device),
         loss=torch.zeros(n, dtype=torch.float64, device=device),

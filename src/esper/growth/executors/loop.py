@@ -92,7 +92,7 @@ class LoopExecutor(base.Roomless):
     workers: int = 1
 
     def begin(self, growth: TensorDict, plan: Plan) -> list[_Training]:
-        host, bank = growth["host"], growth["seeds"]
+        host, bank, alphas = growth["host"], growth["seeds"], _alphas(growth)
         kinds = self.spec.bank.kinds
 
         def start(i: int) -> _Training:
@@ -109,7 +109,7 @@ class LoopExecutor(base.Roomless):
                 [m.clone() for m in leaves(as_tree(host["moments"][i]))],
                 seeds,
                 moments,
-                _alpha(growth, i),
+                list(alphas[i]),
                 [growth[name][i] for name in precision.fresh_scale(self.spec.amp, 1)],
             )
 
@@ -187,7 +187,7 @@ class LoopExecutor(base.Roomless):
         return changed(bank, params=params, moments=moments)
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> list[_Scoring]:
-        host, bank = growth["host"], growth["seeds"]
+        host, bank, alphas = growth["host"], growth["seeds"], _alphas(growth)
         x = None if calibration is None else _layout(calibration)
         carry: list[_Scoring] = []
         for i, row in enumerate(plan):
@@ -196,7 +196,7 @@ class LoopExecutor(base.Roomless):
                 for slot, entry in zip(self.spec.slots, row, strict=True)
             ]
             params = as_tree(host["params"][i])
-            carry.append(_Scoring(row, params, as_tree(host["statistics"][i]), seeds, _alpha(growth, i)))
+            carry.append(_Scoring(row, params, as_tree(host["statistics"][i]), seeds, list(alphas[i])))
         if x is not None:
             self._each(lambda i: _calibrate_host(self.spec, carry[i], x), len(carry))
         return carry
@@ -231,10 +231,11 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def _alpha(growth: TensorDict, i: int) -> list[Tensor]:
-    """The alphas of host `i`, beside its parameters and of their type."""
+def _alphas(growth: TensorDict) -> Tensor:
+    """The alphas `[N, S]`, beside the parameters and of their type."""
     weight = leaves(as_tree(growth["host", "params"]))[0]
-    return list(growth["slots", "alpha"][i].to(weight.device, weight.dtype))
+    alpha: Tensor = growth["slots", "alpha"].to(weight.device, weight.dtype)
+    return alpha
 
 
 def _layout(x: Tensor) -> Tensor:

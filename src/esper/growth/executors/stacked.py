@@ -130,7 +130,7 @@ class StackedExecutor(base.Roomless):
             params=pack({"host": host["params"], "seeds": fetch(bank["params"], address)}).requires_grad_(),
             moments=pack({"host": host["moments"], "seeds": fetch(bank["moments"], address)}),
             statistics=tree_map(torch.Tensor.clone, host["statistics"]),
-            alpha=growth["slots", "alpha"].to(self.device, copy=True),
+            alpha=upload(growth["slots", "alpha"], self.device).clone(),
             loss=torch.zeros(n, dtype=torch.float64, device=self.device),
             correct=torch.zeros(n, dtype=torch.int64, device=self.device),
             scale={name: growth[name].clone() for name in precision.fresh_scale(self.spec.amp, 1)},

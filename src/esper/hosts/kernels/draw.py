@@ -38,5 +38,5 @@ def centred_uniform(keys: Tensor, count: int, bound: float, dtype: torch.dtype) 
     limit = torch.full((), bound, dtype=torch.float64, device=keys.device)
     # A kernel starts on the present device, wherever its tensors lie.
     with torch.cuda.device(keys.device):
-        _draw_kernel[(triton.cdiv(count, _BLOCK), keys.shape[0])](keys, out, count, limit, _BLOCK)
+        _draw_kernel[(triton.cdiv(count, _BLOCK), keys.shape[0])](keys.contiguous(), out, count, limit, _BLOCK)
     return out

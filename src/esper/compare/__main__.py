@@ -2,7 +2,7 @@
 
 `DIR` gets `compare.json` (everything, the values of every seed too), `compare.md` (the table), three pictures
 (`compare`, `lifecycles`, `responses`, as png and svg), and the directory of every controller that was trained. Exit
-codes: 0 done, 2 bad input, 1 stopped on the way.
+codes: 0 done, 2 bad input, 1 stopped on the way, 130 interrupted; what was stopped goes on with `--resume`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from esper.config import read_json
 from esper.errors import InputError, RunStopped
 from esper.events import is_free, write_json
 
-STOPPED, BAD_INPUT = 1, 2
+STOPPED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_GO_ON = "the same command with --resume goes on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"esper.compare: {error}", file=sys.stderr)
         return BAD_INPUT
     except RunStopped as error:
-        print(f"esper.compare: stopped: {error}", file=sys.stderr)
+        print(f"esper.compare: stopped: {error}; {_GO_ON}", file=sys.stderr)
         return STOPPED
+    except KeyboardInterrupt:
+        print(f"esper.compare: interrupted; {_GO_ON}", file=sys.stderr)
+        return INTERRUPTED
     print(f"table: {given.out / 'compare.md'}")
     return 0
 

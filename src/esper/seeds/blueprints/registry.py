@@ -4,6 +4,8 @@
 
 A blueprint is a pair of pure functions. `init(keys, channels, dtype)` returns parameters for `keys` `[N]`, every leaf
 `[N, ...]`; `apply(params, x)` maps features to features of the same shape for one host. Neither has any other state.
+Keys are on the CPU and leaves are moved to the hosts; those that `esper.hosts.init` makes are there already, so a leaf
+is made of either the one or the other.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from esper.compare.config import CompareConfig, Schedule
 from esper.compare.play import Role, play
 from esper.config import read_json
 from esper.control.scripted import ScriptedPolicy
-from esper.control.simple import never_grow, patient_schedules
+from esper.control.simple import never_grow, patient_schedule
+from esper.environment.rewards import objective
 from esper.events import write_json
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -77,7 +78,7 @@ def played(bench: Bench, hosts: int) -> Played:
     points = [p for arm in bench.config.arms if isinstance(arm, Schedule) for p in points_of(arm, bench.config.shared)]
     names, columns = [], []
     for steps in points:
-        policy = ScriptedPolicy(patient_schedules([steps], spec.blueprints, spec.rules.max_epochs))
+        policy = ScriptedPolicy(patient_schedule(steps, spec.blueprints, spec.rules.max_epochs))
         grown = play(env, policy, Role.TUNING, host_lr=bench.host_lr)
         names.append(" ".join(f"{s.slot}:{s.blueprint}@{s.epoch}" for s in steps if s.op == "germinate"))
         contribution = grown.records["contribution"].nan_to_num(-torch.inf).amax(1)
@@ -90,7 +91,7 @@ def played(bench: Bench, hosts: int) -> Played:
 
 def worth(found: Played, price: float) -> list[dict[str, Any]]:
     """A row for each schedule at a price, and one for a choice among all."""
-    gain, rows, predictions = found.accuracy - price * found.load, [], []
+    gain, rows, predictions = objective(found.accuracy, found.load, 100, price), [], []
     for name, epoch, y, contribution in zip(found.names, found.epochs, gain.T, found.contribution.T, strict=True):
         predicted = left_out(found.seen[:, epoch], y)
         kept = [torch.where(contribution >= c, y, 0.0).mean() for c in contribution]

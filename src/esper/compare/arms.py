@@ -33,7 +33,6 @@ from esper.compare.config import (
 from esper.compare.play import costs_of
 from esper.compare.widen import widened
 from esper.config import TrainingConfig, read_json
-from esper.control.heuristic import HeuristicSettings, heuristic
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
@@ -99,9 +98,7 @@ def run_arms(bench: Bench) -> Iterator[Arm]:
             case RandomLegal():
                 bench.evaluate(name, ScriptedPolicy(random_legal()))
             case Heuristic():
-                seen = bench.judge.settings.observation
-                rules = HeuristicSettings(seen.max_epochs, contribution_scale=seen.contribution_scale)
-                bench.evaluate(name, ScriptedPolicy(heuristic(rules)))
+                bench.evaluate(name, build_controller(bench.config.shared.replace(controller="heuristic"), bench.judge))
             case Schedule():
                 _schedule(bench, arm, name)
             case Ppo():

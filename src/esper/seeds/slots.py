@@ -56,13 +56,9 @@ def emptied(records: TensorDict, mask: Tensor) -> TensorDict:
     return changed(records, **kept)
 
 
-def empty_records(n_hosts: int, n_slots: int, device: torch.device | None = None) -> TensorDict:
+def empty_records(n_hosts: int, n_slots: int) -> TensorDict:
     """Records `[N, S]` of slots that hold nothing; the field table is in `docs/design.md`, section 2."""
     return TensorDict(
-        {
-            name: torch.full((n_hosts, n_slots), value, dtype=dtype, device=device)
-            for name, (dtype, value) in _FIELDS.items()
-        },
+        {name: torch.full((n_hosts, n_slots), value, dtype=dtype) for name, (dtype, value) in _FIELDS.items()},
         batch_size=[n_hosts, n_slots],
-        device=device,
     )

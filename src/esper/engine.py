@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -87,8 +88,8 @@ class Engine:
         self._oversight_settings = oversight_settings(self.config)
         self.oversight = Oversight(TelemetryLevel(self.config.telemetry_level), AccuracyTrend())
         self._learned = self._learner_state()
-        self.moment: Callable[[], Snapshot] = self.capture()
-        self.collector.between = self.mark
+        self.moment: Callable[[], Snapshot] = self.capture(self.collector.position())
+        self.collector.between = self.mark_later
 
     @property
     def seconds(self) -> float:
@@ -139,13 +140,19 @@ class Engine:
         self._learned = self._learner_state()
         return metrics
 
-    def mark(self) -> None:
-        """Make `moment` the present one. Takes references only: what they refer to is never changed."""
-        self.moment = self.capture()
+    def mark(self, position: Callable[[], TensorDict] | None = None) -> None:
+        """Make `moment` the present one, with collecting at `position`, by default where it stands now. Takes
+        references only: what they refer to is never changed."""
+        self.moment = self.capture(position or self.collector.position())
 
-    def capture(self) -> Callable[[], Snapshot]:
-        """The run at this moment, between two steps; call the result, at any time, for its snapshot."""
-        position, learned, counters = self.collector.position(), self._learned, self._counters()
+    def mark_later(self) -> None:
+        """The same for the moment of this call, once its events are written; until then `moment` is the one before."""
+        self.env.later(partial(self.mark, self.collector.position()))
+
+    def capture(self, position: Callable[[], TensorDict]) -> Callable[[], Snapshot]:
+        """The run between two steps, where collecting stands at `position`; call the result, at any time, for its
+        snapshot."""
+        learned, counters = self._learned, self._counters()
         state, finished = self.env.state, self.env.finished
         assert state is not None, "collectors reset the environment first"
         whole = self.env.epoch == 0

@@ -49,8 +49,8 @@ class Reference:
         moments: dict[int, tuple[Engine, Callable[[], Snapshot]]] = {}
         mark = Engine.mark
 
-        def remember(engine: Engine) -> None:
-            mark(engine)
+        def remember(engine: Engine, *position: Any) -> None:
+            mark(engine, *position)
             moments[engine.moment().step] = (engine, engine.moment)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -27,6 +27,7 @@ def _hermetic(monkeypatch):
 
 @pytest.mark.parametrize("use_telemetry", [True, False])
 def test_both_devices_compute(tmp_path, use_telemetry: bool) -> None:
+    torch.cuda.init()
     for index in range(2):
         torch.cuda.reset_peak_memory_stats(index)
     config = tiny_config(devices=DEVICES, use_telemetry=use_telemetry, n_envs=4, max_epochs=3)

@@ -9,6 +9,7 @@ from torchrl.envs.utils import check_env_specs
 
 from engine import tiny_config, tiny_task
 from esper.build import build_env
+from esper.growth.executors.stacked import StackedExecutor
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
 
@@ -106,3 +107,30 @@ def test_what_was_measured_last_is_what_is_left_behind(planted: int) -> None:
     assert torch.equal(accuracy.float(), seen[-1]["metrics", "val_accuracy"])
     assert torch.equal(growth[0]["slots", "parameters"], seen[-1]["lived", "parameters"])
     assert bool((growth[0]["slots", "parameters"] > 0).any())
+
+
+def test_observers_are_told_while_the_next_epoch_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its work is issued and before it is waited for; of the last epoch at once, of an episode left early too."""
+    env = build_env(tiny_config(n_envs=2, max_epochs=3, executor="stacked"))
+    order: list[tuple[str, int]] = []
+    env.observer = lambda result: order.append(("told", env.epoch))
+    issue, wait = StackedExecutor.begin_evaluation, StackedExecutor.finish_evaluation
+    env.reset()
+    monkeypatch.setattr(
+        StackedExecutor, "begin_evaluation", lambda *a: (order.append(("issued", env.epoch + 1)), issue(*a))[1]
+    )
+    monkeypatch.setattr(
+        StackedExecutor, "finish_evaluation", lambda *a: (order.append(("waited", env.epoch + 1)), wait(*a))[1]
+    )
+    for _ in range(3):
+        step(env, [0, 0, 0, Op.WAIT])
+    assert order == [
+        *[("issued", 1), ("waited", 1)],
+        *[("issued", 2), ("told", 1), ("waited", 2)],
+        *[("issued", 3), ("told", 2), ("waited", 3), ("told", 3)],
+    ]
+    monkeypatch.undo()
+    env.reset()
+    step(env, [0, 0, 0, Op.WAIT])
+    env.reset()
+    assert order[9:] == [("told", 1)]

@@ -193,7 +193,7 @@ def test_the_state_of_watching_is_part_of_a_checkpoint(tmp_path, monkeypatch) ->
     spoil(monkeypatch, 1, explode)
     kept = []
     mark = Engine.mark
-    monkeypatch.setattr(Engine, "mark", lambda self: (mark(self), kept.append(self.moment().counters))[0])
+    monkeypatch.setattr(Engine, "mark", lambda self, *at: (mark(self, *at), kept.append(self.moment().counters))[0])
     tiny_run(tmp_path / "run")
     by_rollout = {c["rollouts"]: SimpleNamespace(**c) for c in kept}
     assert [by_rollout[i].escalated for i in range(1, ROLLOUTS + 1)] == [0, 2, 1, 0, 0]

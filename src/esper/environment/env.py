@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -31,7 +32,7 @@ from esper.seeds.stages import BLENDS
 from esper.values import joined
 
 Observer = Callable[[TensorDict], None]
-"""Called after every step with what happened, for telemetry; must not change it."""
+"""Told what happened in every step, for telemetry; must not change it. See `GrowthEnv.later` for when."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class GrowthEnv(EnvBase):
         self.observer = observer
         self.state: TensorDict | None = None
         self.finished: TensorDict | None = None
+        self._outstanding: list[Callable[[], None]] = []
         self._layout = torch.tensor([spec.slots.index(name) if name in spec.slots else -1 for name in LAYOUT])
         self._make_specs()
 
@@ -142,6 +144,7 @@ class GrowthEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
         asked = None if tensordict is None else tensordict.get("_reset", None)
         if asked is None or self.state is None or self.epoch >= self.spec.rules.max_epochs:
+            self.settle()
             self.state = self._fresh(self.episode + 1)
             asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         observed = self._observe(self.state, asked.reshape(*self.batch_size, 1))
@@ -156,7 +159,7 @@ class GrowthEnv(EnvBase):
         own = action.clone()
         own[:, SLOT] = self._layout[action[:, SLOT]]
         tracker, twin = self.state["tracker"], self._twin(self.state)
-        growth, result = self.backend.run_epoch(self.growth(), own, tracker["val_accuracy"], self.epoch)
+        growth, result = self.backend.run_epoch(self.growth(), own, tracker["val_accuracy"], self.epoch, self.settle)
         result["replaced"] = self.backend.replaced()
         unsettled = ~tracker["stabilized"]
         tracker = self.settings.tracker.update(tracker, result["metrics"])
@@ -190,8 +193,21 @@ class GrowthEnv(EnvBase):
         observed["done"] = observed["terminated"] | observed["truncated"]
         if self.observer is not None:
             result["action"], result["reward"], result["components"] = action, paid["total"], paid
-            self.observer(result)
+            self.later(partial(self.observer, result))
+        if last:
+            self.settle()
         return observed
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Have `call` made while the devices work on the next epoch, or when the episode ends. The environment's state
+        is then still that of now."""
+        self._outstanding.append(call)
+
+    def settle(self) -> None:
+        """Make the calls that are outstanding, in the order in which they came."""
+        calls, self._outstanding = self._outstanding, []
+        for call in calls:
+            call()
 
     def _fresh(self, episode: int) -> TensorDict:
         n, copies = self.settings.n_hosts, self.settings.copies

@@ -6,7 +6,7 @@ process and its devices, `esper.growth.ray_backend` is workers anywhere. Both gi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,7 +53,12 @@ class Backend(Protocol):
         ...
 
     def run_epoch(
-        self, growth: Sequence[TensorDict], actions: Tensor, accuracy: Tensor, epoch: int
+        self,
+        growth: Sequence[TensorDict],
+        actions: Tensor,
+        accuracy: Tensor,
+        epoch: int,
+        meanwhile: Callable[[], None] = step.idle,
     ) -> tuple[list[TensorDict], TensorDict]:
         """One epoch of all hosts; see `esper.growth.step.run_epoch`."""
         ...
@@ -95,9 +100,14 @@ class LocalBackend:
         return step.reset(self.spec, self.shards, self.settings, keys, host_lr, seed_lr)
 
     def run_epoch(
-        self, growth: Sequence[TensorDict], actions: Tensor, accuracy: Tensor, epoch: int
+        self,
+        growth: Sequence[TensorDict],
+        actions: Tensor,
+        accuracy: Tensor,
+        epoch: int,
+        meanwhile: Callable[[], None] = step.idle,
     ) -> tuple[list[TensorDict], TensorDict]:
-        return step.run_epoch(self.spec, self.shards, self.settings, growth, actions, accuracy, epoch)
+        return step.run_epoch(self.spec, self.shards, self.settings, growth, actions, accuracy, epoch, meanwhile)
 
     def replaced(self) -> Tensor:
         return torch.zeros(sum(shard.size for shard in self.shards), dtype=torch.bool)

@@ -22,7 +22,7 @@ from esper.errors import InputError, RunStopped
 from esper.growth.backend import LocalBackend, Place
 from esper.growth.executors.base import Rooms
 from esper.growth.state import placed
-from esper.growth.step import EpochSettings
+from esper.growth.step import EpochSettings, idle
 from esper.growth.transport import Packed, pack, unpack
 from esper.seeds.blueprints import registry
 from esper.seeds.blueprints.registry import Blueprint
@@ -151,12 +151,17 @@ class RayBackend:
         return _states(answers)
 
     def run_epoch(
-        self, growth: Sequence[TensorDict], actions: Tensor, accuracy: Tensor, epoch: int
+        self,
+        growth: Sequence[TensorDict],
+        actions: Tensor,
+        accuracy: Tensor,
+        epoch: int,
+        meanwhile: Callable[[], None] = idle,
     ) -> tuple[list[TensorDict], TensorDict]:
         shares = [
             (pack(g), actions[p.hosts], accuracy[p.hosts], epoch) for p, g in zip(self.places, growth, strict=True)
         ]
-        return _states(self._ask("run_epoch", shares))
+        return _states(self._ask("run_epoch", shares, meanwhile))
 
     def replaced(self) -> Tensor:
         since, self._lost = self._lost, torch.zeros_like(self._lost)
@@ -189,9 +194,12 @@ class RayBackend:
     def _start(self, index: int) -> Any:
         return self._makers[index].remote(*self._arguments[index])
 
-    def _ask(self, request: str, shares: Sequence[tuple[Any, ...]]) -> list[tuple[Packed, ...]]:
-        """Have every worker do its share, all at once."""
+    def _ask(
+        self, request: str, shares: Sequence[tuple[Any, ...]], meanwhile: Callable[[], None] = idle
+    ) -> list[tuple[Packed, ...]]:
+        """Have every worker do its share, all at once; `meanwhile` is called before they are waited for."""
         asked = [getattr(w, request).remote(*share) for w, share in zip(self.workers, shares, strict=True)]
+        meanwhile()
         return [self._answer(i, answer, request, shares[i]) for i, answer in enumerate(asked)]
 
     def _answer(self, index: int, answer: Any, request: str, share: tuple[Any, ...]) -> tuple[Packed, ...]:

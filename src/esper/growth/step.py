@@ -84,6 +84,10 @@ def begin(
     return first, metrics
 
 
+def idle() -> None:
+    """What is done meanwhile if there is nothing to do."""
+
+
 def run_epoch(
     spec: GrowthSpec,
     shards: Sequence[Shard],
@@ -92,6 +96,7 @@ def run_epoch(
     actions: Tensor,
     accuracy: Tensor,
     epoch: int,
+    meanwhile: Callable[[], None] = idle,
 ) -> tuple[list[TensorDict], TensorDict]:
     """One environment step of all hosts. After the last epoch nothing moves on by itself: the networks that were
     measured are the ones that are left behind.
@@ -101,6 +106,7 @@ def run_epoch(
         actions: int64 `[N, 4]`; the slot is an index of `spec.slots` or -1.
         accuracy: `[N]` validation accuracy before the step, percentage points.
         epoch: epochs already trained in this episode.
+        meanwhile: called once, when the devices have all their work and before anything of theirs is waited for.
 
     Returns:
         The new growth states and a TensorDict `[N]` on the CPU with `key` (of the hosts), `before`, `lived` and
@@ -119,7 +125,7 @@ def run_epoch(
         outcomes.append(outcome)
     plans = [make_plan(g["slots"], spec) for g in acted]
     trained, measured = train(spec, shards, settings, acted, plans, epoch)
-    scores = evaluate(shards, trained, plans, settings, "validation")
+    scores = evaluate(shards, trained, plans, settings, "validation", meanwhile)
     # Read only now, so that no device waits for its scoring to be issued.
     measurements = measured()
     metrics = _metrics(scores)
@@ -215,8 +221,10 @@ def evaluate(
     plans: Sequence[Plan],
     settings: EpochSettings,
     part: str,
+    meanwhile: Callable[[], None] = idle,
 ) -> TensorDict:
-    """Score every coalition of every host on one split; `empty_scores` `[N]` on the CPU."""
+    """Score every coalition of every host on one split; `empty_scores` `[N]` on the CPU. `meanwhile` is called before
+    the devices are waited for."""
     pairs, family = list(zip(shards, growth, strict=True)), settings.family
     carries = [
         s.executor.begin_evaluation(g, plan, s.calibration) for s, g, plan in zip(shards, growth, plans, strict=True)
@@ -229,6 +237,7 @@ def evaluate(
             own = names[i]
             targets = y.expand(shard.size, *y.shape) if own is None else own[:, y]
             carries[i] = shard.executor.evaluate_step(carries[i], x, targets)
+    meanwhile()
     return joined([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
 
 

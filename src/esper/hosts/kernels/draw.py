@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,11 +33,16 @@ def _draw_kernel(keys, out, count, bound, BLOCK: tl.constexpr):
     tl.store(out + row * count + i, (centred * tl.load(bound)).to(out.dtype.element_ty), mask=i < count)
 
 
+@lru_cache(maxsize=256)
+def _in_memory(bound: float, device: torch.device) -> Tensor:
+    """A bound where the kernel reads it: as an argument it would arrive in float32. There are few, and they recur."""
+    return torch.full((), bound, dtype=torch.float64, device=device)
+
+
 def centred_uniform(keys: Tensor, count: int, bound: float, dtype: torch.dtype) -> Tensor:
     """`(2 esper.keys.uniform(keys, count) - 1) * bound` in float64, `[N, count]` in `dtype`, for `keys` `[N]`."""
     out = torch.empty(keys.shape[0], count, dtype=dtype, device=keys.device)
-    # In memory, because an argument would arrive in float32.
-    limit = torch.full((), bound, dtype=torch.float64, device=keys.device)
+    limit = _in_memory(bound, keys.device)
     # A kernel starts on the present device, wherever its tensors lie.
     with torch.cuda.device(keys.device):
         _draw_kernel[(triton.cdiv(count, _BLOCK), keys.shape[0])](keys.contiguous(), out, count, limit, _BLOCK)

@@ -60,7 +60,8 @@ class Done(Exception):
 class Clock:
     """Progress and observer of a run: when epochs and rollouts ended, what they were spent on, how full slots were.
 
-    Ends the run after `MEASURED` rollouts without a recording. `data` is seconds an epoch, of the batches alone.
+    Ends the run after `MEASURED` rollouts without a recording. `data` is seconds an epoch, of the batches alone;
+    `within` are the seconds that parts have spent inside each part that is going on.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class Clock:
         self.rollouts: list[float] = []
         self.recorded: list[int] = []
         self.spent: dict[str, list[tuple[float, float]]] = {part: [] for _, _, part in PARTS}
+        self.within: list[float] = []
         self.uncounted = 0.0
         self.filled: list[float] = []
         self.live: list[float] = []
@@ -79,8 +81,13 @@ class Clock:
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             start = self.now()
+            self.within.append(0.0)
             result = call(*args, **kwargs)
-            self.spent[part].append((start, self.now() - start))
+            seconds = self.now() - start
+            # Events of an epoch are written while the next is scored; they count as events alone.
+            self.spent[part].append((start, seconds - self.within.pop()))
+            if self.within:
+                self.within[-1] += seconds
             if part == "training" and len(self.spent[part]) == 2:
                 self.executors, self.data = {shard.executor for shard in args[1]}, data_seconds(*args)
             return result

@@ -36,6 +36,7 @@ from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.cnn import CNNHost
 from esper.hosts.transformer import TransformerHost
 from esper.keys import Purpose
+from esper.learn.responses import Aim
 from esper.plots import EMPTY, STAGE_COLOURS
 from esper.seeds.stages import Stage
 
@@ -390,8 +391,12 @@ def test_pictures_show_the_stages_and_the_responses() -> None:
     stages[1, 2:, 0] = Stage.BLENDING
     stages[1, 4, 0] = Stage.FOSSILIZED
     aimed = {
-        "CULL": (torch.tensor([-2.0, 0.5]), torch.tensor([0.9, 0.1])),
-        "FOSSILIZE": (torch.zeros(0), torch.zeros(0)),
+        "CULL": Aim(
+            torch.tensor([-2.0, 0.5, 1.0, 2.0]),
+            torch.tensor([0.9, 0.1, 0.2, 0.3]),
+            torch.tensor([False, False, True, True]),
+        ),
+        "FOSSILIZE": Aim(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
     }
     values = dict.fromkeys(("validation", "test", "objective", "parameters", "training", "evaluation"), torch.ones(2))
     course = torch.zeros(2, 5)
@@ -411,8 +416,11 @@ def test_pictures_show_the_stages_and_the_responses() -> None:
         for name, s, a in (("never", torch.ones_like(stages), {}), ("ppo-greedy", stages, aimed))
     ]
     summary = summarise(rows, k.root(0))
-    assert summary[1]["responses"]["CULL"]["rank_correlation"] == pytest.approx(-1.0)
-    assert summary[1]["responses"]["FOSSILIZE"] == {"rank_correlation": None, "count": 0, "means": {}}
+    nothing = {"rank_correlation": None, "count": 0}
+    cull = summary[1]["responses"]["CULL"]
+    assert (cull["rank_correlation"], cull["count"]) == (pytest.approx(-0.2), 4)
+    assert cull["probation"] == {"rank_correlation": pytest.approx(1.0), "count": 2}
+    assert summary[1]["responses"]["FOSSILIZE"] == {**nothing, "probation": nothing, "means": {}}
     found = pictures(rows, summary)
     assert list(found) == ["compare", "lifecycles", "responses"]
     (panel,) = found["lifecycles"].axes
@@ -422,7 +430,7 @@ def test_pictures_show_the_stages_and_the_responses() -> None:
     assert [tuple(pixel) for pixel in image[4]] == [grey, grey, blending, blending, fossil]
     assert bool((image[3] == 1).all())
     (panel,) = found["responses"].axes
-    assert next(line.get_ydata() for line in panel.lines) == pytest.approx([0.9, 0.1])
+    assert next(line.get_ydata() for line in panel.lines) == pytest.approx([0.9, 0.1, 0.25])
     assert list(pictures(rows[:1], summary[:1])) == ["compare"]
 
 

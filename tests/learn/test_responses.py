@@ -89,9 +89,13 @@ def test_what_an_op_was_aimed_at_is_counted_where_it_is_legal() -> None:
             measured = stage == Stage.PROBATIONARY or (stage == Stage.BLENDING and points != 0)
             if measured and bool(rows["mask_slot"][i, t, op, place]):
                 z = torch.where(rows["mask_slot"][i, t, op], actions.logits[i, t, SLOT, :3], -torch.inf)
-                expected.append((points, float(actions.op.probs[i, t, op]) * float(z.softmax(-1)[place])))
+                chance = float(actions.op.probs[i, t, op]) * float(z.softmax(-1)[place])
+                expected.append((points, chance, stage == Stage.PROBATIONARY))
         assert len(expected) > 5
-        points, chances = (torch.tensor(column) for column in zip(*expected, strict=True))
+        points, chances, due = (torch.tensor(column) for column in zip(*expected, strict=True))
+        assert bool(due.any())
+        assert not bool(due.all())
+        assert torch.equal(found[op.name].probation, due)
         assert torch.allclose(found[op.name][0], points, atol=1e-4)
         assert torch.allclose(found[op.name][1], chances, atol=1e-6)
 
@@ -116,9 +120,9 @@ def test_culling_is_counted_where_it_is_aimed() -> None:
 def test_contributions_are_told_in_points_whatever_the_scale() -> None:
     policy, rows = RecurrentPolicy(len(FEATURES), H, seed=0), rollout()
     near, far = aimed(policy, rows, 10.0), aimed(policy, rows, 50.0)
-    for op, (points, chances) in near.items():
-        assert torch.allclose(far[op][0], 5.0 * points)
-        assert torch.equal(far[op][1], chances)
+    for op, aim in near.items():
+        assert torch.allclose(far[op].contribution, 5.0 * aim.contribution)
+        assert torch.equal(far[op].probability, aim.probability)
     assert responses(policy, rows, 10.0) != responses(policy, rows, 50.0)
 
 

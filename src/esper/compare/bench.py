@@ -19,7 +19,7 @@ from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import Controller
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import objective
-from esper.learn.responses import Learned, aimed
+from esper.learn.responses import Aim, Learned, aimed
 from esper.tasks import Task
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Row:
     stages: Tensor
     course: Tensor
     spent: Tensor
-    aimed: dict[str, tuple[Tensor, Tensor]]
+    aimed: dict[str, Aim]
 
 
 class Trial(NamedTuple):

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from esper.compare.bench import Row
+from esper.compare.table import ranked
 from esper.learn.responses import BINS, EDGES
 from esper.plots import EMPTY, STAGE_COLOURS, STYLE
 from esper.plots_learner import OP_COLOURS
@@ -85,12 +86,12 @@ def response_picture(learned: Sequence[tuple[Row, Mapping[str, Any]]]) -> Figure
         for panel, (row, entry) in zip(
             figure.subplots(1, len(learned), squeeze=False, sharex=True)[0], learned, strict=True
         ):
-            for op, (contribution, probability) in row.aimed.items():
+            for op, aim in row.aimed.items():
                 found = entry["responses"][op]
-                panel.scatter(contribution, probability, s=6, alpha=0.25, color=OP_COLOURS[op], linewidths=0)
+                panel.scatter(aim.contribution, aim.probability, s=6, alpha=0.25, color=OP_COLOURS[op], linewidths=0)
                 at = [middles[b] for b in found["means"]]
-                rank = found["rank_correlation"]
-                label = f"{op.lower()}, rank correlation {'none' if rank is None else f'{rank:+.2f}'}"
+                ranks = [ranked(of["rank_correlation"]) for of in (found, found["probation"])]
+                label = f"{op.lower()}, rank correlation {ranks[0]}, on probation {ranks[1]}"
                 panel.plot(at, list(found["means"].values()), "o-", markersize=4, color=OP_COLOURS[op], label=label)
             panel.set_title(row.name, loc="left")
             panel.set_xlabel("measured contribution, points")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esper.compare.bench import Row
 from esper.compare.statistics import difference, interval, rank_correlation
-from esper.learn.responses import BINS, bin_of
+from esper.learn.responses import BINS, Aim, bin_of
 
 MEASURES = ("objective", "validation", "test")
 _TITLES = {"objective": "objective", "validation": "validation accuracy", "test": "test accuracy"}
@@ -58,17 +58,25 @@ def _entry(row: Row, reference: Row | None, key: Tensor) -> dict[str, Any]:
         "training": row.spent.double().mean(0).tolist(),
     }
     if row.aimed:
-        found["responses"] = {op: _response(*pairs) for op, pairs in row.aimed.items()}
+        found["responses"] = {op: _response(aim) for op, aim in row.aimed.items()}
     found["seeds"] = {name: torch.as_tensor(value).tolist() for name, value in values.items()}
     return found
 
 
-def _response(contribution: Tensor, probability: Tensor) -> dict[str, Any]:
-    """Rank correlation, on how many seeds and epochs it rests, and the mean probability by contribution."""
-    bins = bin_of(contribution)
-    means = {b: float(probability[bins == i].mean()) for i, b in enumerate(BINS) if bool((bins == i).any())}
-    correlation = rank_correlation(contribution, probability)
-    return {"rank_correlation": correlation, "count": contribution.numel(), "means": means}
+def _response(aim: Aim) -> dict[str, Any]:
+    """Rank correlation and on how many seeds and epochs it rests, of all and of those on probation alone, and the mean
+    probability by contribution."""
+    bins, due = bin_of(aim.contribution), aim.probation
+    means = {b: float(aim.probability[bins == i].mean()) for i, b in enumerate(BINS) if bool((bins == i).any())}
+    return {
+        **_correlated(aim.contribution, aim.probability),
+        "probation": _correlated(aim.contribution[due], aim.probability[due]),
+        "means": means,
+    }
+
+
+def _correlated(contribution: Tensor, probability: Tensor) -> dict[str, Any]:
+    return {"rank_correlation": rank_correlation(contribution, probability), "count": contribution.numel()}
 
 
 def markdown(summary: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
@@ -113,8 +121,15 @@ def _reaching(entry: Mapping[str, Any]) -> str:
 
 
 def _responses(responses: Mapping[str, Mapping[str, Any]]) -> str:
-    found = ((op, row["rank_correlation"], row["count"]) for op, row in responses.items())
-    return ", ".join(f"{op} {'none' if r is None else f'{r:+.2f}'} (n = {n})" for op, r, n in found)
+    def told(row: Mapping[str, Any]) -> str:
+        return f"{ranked(row['rank_correlation'])} (n = {row['count']})"
+
+    return ", ".join(f"{op} {told(row)}, on probation {told(row['probation'])}" for op, row in responses.items())
+
+
+def ranked(correlation: float | None) -> str:
+    """A rank correlation for people."""
+    return "none" if correlation is None else f"{correlation:+.2f}"
 
 
 def _decided(chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -44,21 +46,29 @@ def responses(policy: RecurrentPolicy, rollout: TensorDictBase, scale: float) ->
     return {f"response/{what}/{b}": row[b] for what, row in table.items() for b in BINS if counts[b] > 0}
 
 
-def aimed(policy: Learned, rollout: TensorDictBase, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """What CULL and FOSSILIZE were worth doing, and how likely they were, over a rollout `[N, T]`.
+class Aim(NamedTuple):
+    """Undecided seeds `[n]` an op could have been aimed at: their contributions, percentage points, the probability of
+    aiming it at this very seed, and whether it is on probation (bool), where it counts in full and is to be decided
+    on. A seed that is still blended in contributes as much as its share lets it."""
 
-    For each op the contributions `[n]`, percentage points, of the undecided seeds that it could have been aimed at, and
-    the probability `[n]` of aiming it at this very seed. Steps in which the op is not legal there do not count. `scale`
-    is the run's `contribution_scale`.
+    contribution: Tensor
+    probability: Tensor
+    probation: Tensor
+
+
+def aimed(policy: Learned, rollout: TensorDictBase, scale: float) -> dict[str, Aim]:
+    """What CULL and FOSSILIZE were worth doing, and how likely they were, over a rollout `[N, T]`: seeds and epochs in
+    which the op is legal. `scale` is the run's `contribution_scale`.
     """
     with torch.no_grad():
         actions, _ = policy.evaluate(rollout)
         probability = _by_slot(actions)
     contribution, measured = measured_contributions(rollout["observation"], scale)
+    probation = _in_stage(rollout["observation"], Stage.PROBATIONARY)
     found = {}
     for op in (Op.CULL, Op.FOSSILIZE):
         counted = measured & rollout["mask_slot"][..., op, :]
-        found[op.name] = (contribution[counted].cpu(), probability[..., op][counted].cpu())
+        found[op.name] = Aim(*(part[counted].cpu() for part in (contribution, probability[..., op], probation)))
     return found
 
 
@@ -75,12 +85,14 @@ def measured_contributions(observation: Tensor, scale: float) -> tuple[Tensor, T
     that is exactly 0 is not counted.
     """
     contribution = torch.stack([scale * feature(observation, f"{slot}.contribution") for slot in LAYOUT], -1)
-    stage = torch.stack([feature(observation, f"{slot}.stage") for slot in LAYOUT], -1)
-    blending, probation = (
-        (stage - stage_feature(torch.tensor(int(code), device=stage.device))).abs() < 1e-4
-        for code in (Stage.BLENDING, Stage.PROBATIONARY)
-    )
+    blending, probation = (_in_stage(observation, stage) for stage in (Stage.BLENDING, Stage.PROBATIONARY))
     return contribution, probation | (blending & (contribution != 0))
+
+
+def _in_stage(observation: Tensor, stage: Stage) -> Tensor:
+    """Which slots of the layout show this stage, bool `[..., 3]`."""
+    shown = torch.stack([feature(observation, f"{slot}.stage") for slot in LAYOUT], -1)
+    return (shown - stage_feature(torch.tensor(int(stage), device=shown.device))).abs() < 1e-4
 
 
 def _by_slot(actions: FactoredActions) -> Tensor:

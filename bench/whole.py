@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper import engine
 from esper.config import TrainingConfig
 from esper.control.recorded import RecordedPolicy
 from esper.data.batches import SharedBatchIterator
@@ -49,7 +48,7 @@ PARTS = (
     (step, "evaluate", "scoring"),
     (RecordedPolicy, "forward", "controller"),
     (Learner, "learn", "update"),
-    (engine, "record_step", "events"),
+    (GrowthEnv, "settle", "events"),
 )
 
 
@@ -84,7 +83,7 @@ class Clock:
             self.within.append(0.0)
             result = call(*args, **kwargs)
             seconds = self.now() - start
-            # Events of an epoch are written while the next is scored; they count as events alone.
+            # What happened in an epoch is told while the next is scored; it counts as events alone.
             self.spent[part].append((start, seconds - self.within.pop()))
             if self.within:
                 self.within[-1] += seconds
@@ -113,8 +112,16 @@ class Clock:
         return run
 
     def epoch(self, episode: int, epoch: int, accuracies: list[float]) -> None:
-        self.epochs.append(self.now())
         self.accuracy.append(statistics.mean(accuracies))
+
+    def stepped(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def run(*args: Any) -> Any:
+            result = step(*args)
+            self.epochs.append(self.now())
+            return result
+
+        return run
 
     def rollout(self, episode: int, outcome: dict[str, Any]) -> None:
         self.rollouts.append(self.now())
@@ -202,6 +209,7 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         stack.enter_context(patch.object(step, "fresh_growth", start))
         stack.enter_context(patch.object(GrowthEnv, "_observe", observe))
+        stack.enter_context(patch.object(GrowthEnv, "_step", clock.stepped(GrowthEnv._step)))
         stack.callback(stop.set)
         if cuda:
             threading.Thread(target=sample, daemon=True).start()

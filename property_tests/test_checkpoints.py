@@ -72,7 +72,6 @@ class Place:
     def _advance(self) -> None:
         for step in super(BatchFirstCollector, self.engine.collector).__iter__():
             self.engine.collector._steps.append(step)
-            self.engine.env.settle()
             self.engine.mark()
             return
 

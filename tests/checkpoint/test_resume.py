@@ -18,6 +18,7 @@ from engine import Silent, run, tiny_config, tiny_task
 from esper.checkpoint.snapshot import Snapshot, checkpoints, name_of, read_snapshot, write_snapshot
 from esper.checkpoint.store import FOLDER, versions
 from esper.engine import Engine
+from esper.environment.env import GrowthEnv
 from esper.events import EventLog, load
 from esper.growth.executors.loop import LoopExecutor
 from esper.run import train
@@ -112,6 +113,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_a_resumed_run_ends_like_one_left_alone(reference: Reference, tmp_path: Path, cut: int) -> None:
     folder = reference.cut(cut, tmp_path / "run")
+    same_end(reference, folder, *resume(folder, **SMALL))
+
+
+def test_moments_noted_while_devices_work_are_the_same(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where what happened is told during the next epoch: what is left behind, and every moment."""
+    monkeypatch.setattr(GrowthEnv, "overlaps", True)
+    later = Reference(tmp_path / "later", **SMALL)
+    same_end(reference, later.folder, later.summary, later.events)
+    assert later.moments.keys() == reference.moments.keys()
+    for at, (_, moment) in reference.moments.items():
+        here, there = moment(), later.moments[at][1]()
+        assert {**here.counters, "seconds": 0} == {**there.counters, "seconds": 0}
+        assert all(differing(here.parts[part], there.parts[part]) == [] for part in here.parts)
+    folder = later.cut(EPOCHS + 2, tmp_path / "run")
     same_end(reference, folder, *resume(folder, **SMALL))
 
 

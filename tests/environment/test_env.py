@@ -9,6 +9,7 @@ from torchrl.envs.utils import check_env_specs
 
 from engine import tiny_config, tiny_task
 from esper.build import build_env
+from esper.environment.env import GrowthEnv
 from esper.growth.executors.stacked import StackedExecutor
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
@@ -110,7 +111,9 @@ def test_what_was_measured_last_is_what_is_left_behind(planted: int) -> None:
 
 
 def test_observers_are_told_while_the_next_epoch_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once its work is issued and before it is waited for; of the last epoch at once, of an episode left early too."""
+    """Once its work is issued and before it is waited for; of the last epoch at once, of an episode left early too, and
+    of an epoch before one that fails."""
+    monkeypatch.setattr(GrowthEnv, "overlaps", True)
     env = build_env(tiny_config(n_envs=2, max_epochs=3, executor="stacked"))
     order: list[tuple[str, int]] = []
     env.observer = lambda result: order.append(("told", env.epoch))
@@ -130,7 +133,23 @@ def test_observers_are_told_while_the_next_epoch_is_computed(monkeypatch: pytest
         *[("issued", 3), ("told", 2), ("waited", 3), ("told", 3)],
     ]
     monkeypatch.undo()
+    monkeypatch.setattr(GrowthEnv, "overlaps", True)
     env.reset()
     step(env, [0, 0, 0, Op.WAIT])
     env.reset()
     assert order[9:] == [("told", 1)]
+    step(env, [0, 0, 0, Op.WAIT])
+    monkeypatch.setattr(StackedExecutor, "begin", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(env, [0, 0, 0, Op.WAIT])
+    assert order[10:] == [("told", 1)]
+
+
+def test_on_a_cpu_observers_are_told_at_once() -> None:
+    env = build_env(tiny_config(n_envs=2, max_epochs=3))
+    told: list[int] = []
+    env.observer = lambda result: told.append(env.epoch)
+    env.reset()
+    for epoch in (1, 2, 3):
+        step(env, [0, 0, 0, Op.WAIT])
+        assert told[-1] == len(told) == epoch

@@ -97,7 +97,7 @@ def test_a_run_goes_on_over_ray_whose_workers_die_with_the_numbers_of_one_proces
     """One dies in the middle of an epoch, one between two episodes."""
     folder = tmp_path / "ray"
     shutil.copytree(local, folder)
-    fate = Fate(monkeypatch, {2: (doom, 1), 8: (kill, 0)})
+    fate = Fate(monkeypatch, {3: (doom, 1), 8: (kill, 0)})
     a_run(folder, resume=folder / "checkpoints" / "00000008", watch=fate, **RAY)
     restarts = [(e["episode"], e["host"], e["epoch"], e["data"]) for e in load(folder) if e["type"] == "host_restarted"]
     assert restarts == [

@@ -159,7 +159,14 @@ class GrowthEnv(EnvBase):
         own = action.clone()
         own[:, SLOT] = self._layout[action[:, SLOT]]
         tracker, twin = self.state["tracker"], self._twin(self.state)
-        growth, result = self.backend.run_epoch(self.growth(), own, tracker["val_accuracy"], self.epoch, self.settle)
+        try:
+            growth, result = self.backend.run_epoch(
+                self.growth(), own, tracker["val_accuracy"], self.epoch, self.settle
+            )
+        except BaseException:
+            # What happened before is told all the same.
+            self.settle()
+            raise
         result["replaced"] = self.backend.replaced()
         unsettled = ~tracker["stabilized"]
         tracker = self.settings.tracker.update(tracker, result["metrics"])
@@ -198,10 +205,17 @@ class GrowthEnv(EnvBase):
             self.settle()
         return observed
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether there is something to do while devices work: a GPU is not waited for, a CPU is this very process."""
+        return any(place.device == "cuda" for place in self.backend.places)
+
     def later(self, call: Callable[[], None]) -> None:
-        """Have `call` made while the devices work on the next epoch, or when the episode ends. The environment's state
-        is then still that of now."""
+        """Have `call` made while GPUs work on the next epoch, or when the episode ends; on a CPU, now. The state of the
+        environment is then still that of now."""
         self._outstanding.append(call)
+        if not self.overlaps:
+            self.settle()
 
     def settle(self) -> None:
         """Make the calls that are outstanding, in the order in which they came."""

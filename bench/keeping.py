@@ -3,10 +3,10 @@
     python bench/keeping.py --config configs/compare/narrow_keep_or_cull.json --host-lr 0.7 --hosts 512
     python bench/keeping.py --smoke    # seconds
 
-For every schedule of a comparison that plants one seed, the same tuning hosts are played twice. Until the first epoch in
-which seeds may be fossilised both are the same, to the bit; then the seed is kept in one and culled in the other. The
-accuracy with which a host ends in the first less that of the second is what keeping was worth, before its price; the
-contribution measured at that moment is what a controller can go by.
+For every schedule of a comparison that plants one seed, the same tuning hosts are played twice. Until the first epoch
+in which seeds may be fossilised both are the same, to the bit; then the seed is kept in one and culled in the other.
+The accuracy with which a host ends in the first less that of the second is what keeping was worth, before its price;
+the contribution measured at that moment is what a controller can go by.
 
 Prints the rank correlation of the two over the hosts whose gate is open, and the mean of both by quarters of the
 contribution; writes `bench-keeping.json`.
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esper.compare.arms import points_of

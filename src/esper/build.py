@@ -41,6 +41,7 @@ from esper.hosts.cnn import CNNHost
 from esper.hosts.padded import PaddedHost
 from esper.seeds.actions import HEADS
 from esper.seeds.lifecycle import LifecycleRules
+from esper.seeds.nursery import Nursery
 from esper.seeds.slots import ordered_slots
 from esper.tasks import Task, get_task
 
@@ -187,6 +188,8 @@ def _shard(
         executor=build_executor(config, spec, device, cores),
         splits=splits.to(device),
         calibration=None if calibration is None else calibration.to(device),
+        # A CPU has no time left over in which to draw ahead.
+        nursery=Nursery(spec.bank, device) if device.type == "cuda" else None,
     )
 
 

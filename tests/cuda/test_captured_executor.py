@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
+from esper import keys as k
 from esper.data.splits import Split, Splits, channel_moments
 from esper.growth import precision
 from esper.growth.executors.captured import CapturedExecutor
@@ -15,11 +16,17 @@ from esper.growth.executors.loop import LoopExecutor
 from esper.growth.executors.stacked import StackedExecutor
 from esper.growth.plan import make_plan
 from esper.growth.spec import GrowthSpec
-from esper.growth.state import placed
+from esper.growth.state import fresh_growth, placed
 from esper.hosts import ops
+from esper.hosts.base import Host
+from esper.hosts.cnn import CNNHost
+from esper.hosts.padded import PaddedHost
 from esper.hosts.transformer import causal_attention
 from esper.seeds import bank
+from esper.seeds.nursery import Nursery
+from esper.values import changed
 from growth.test_executors_against_oracle import batches, grown
+from tiny import differing, tiny_spec
 
 pytestmark = [
     pytest.mark.cuda,
@@ -138,15 +145,49 @@ def test_the_bank_changes_alike_on_a_gpu() -> None:
     planted, removed = held.clone(), held.clone()
     planted[::3], removed[::2] = False, False
 
-    def changes(state: TensorDict) -> TensorDict:
-        seeds = bank.plant(state["seeds"], spec.bank, planted, state["slots"], state["key"] + 1)
+    def changes(state: TensorDict, drawn_ahead: bool = False) -> TensorDict:
+        keys, nursery = state["key"] + 1, Nursery(spec.bank, state["seeds", "params"].device)
+        if drawn_ahead:
+            before = changed(state["slots"], planted=state["slots", "planted"] - 1)
+            nursery.draw(state["seeds"], before, keys)
+        seeds = nursery.plant(state["seeds"], planted, state["slots"], keys)
         return bank.uproot(seeds, spec.bank, removed)
 
-    here, there = changes(growth), changes(placed(growth, CUDA))
+    here, there, ahead = changes(growth), changes(placed(growth, CUDA)), changes(placed(growth, CUDA), True)
     assert not torch.equal(here["params"], growth["seeds", "params"])
-    for name, matrix in there.items():
-        assert matrix.is_cuda
-        assert torch.equal(matrix.cpu(), here[name])
+    for name, matrix in here.items():
+        for on_gpu in (there, ahead):
+            assert on_gpu[name].is_cuda
+            assert torch.equal(on_gpu[name].cpu(), matrix)
+
+
+def test_seeds_are_drawn_ahead_without_waiting_for_what_the_gpu_is_doing() -> None:
+    """A host's epoch takes longer than drawing; what is planted then is what was drawn."""
+    spec, growth = grown("cnn", "straight_through", "linear")
+    state, nursery = placed(growth, CUDA), Nursery(spec.bank, CUDA)
+    everywhere = torch.ones_like(state["slots", "blueprint"], dtype=torch.bool)
+    asked = changed(state["slots"], blueprint=torch.zeros_like(state["slots", "blueprint"]))
+    nursery.draw(state["seeds"], changed(asked, planted=asked["planted"] + 1), state["key"])
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    nursery.draw(state["seeds"], changed(asked, planted=asked["planted"] - 1), state["key"])
+    assert not busy.query()
+    found = nursery.plant(state["seeds"], everywhere, asked, state["key"])
+    expected = bank.plant(growth["seeds"], spec.bank, everywhere, asked, growth["key"])
+    assert torch.equal(found["params"].cpu(), expected["params"])
+
+
+@pytest.mark.parametrize("width", [None, (1, 4)])
+def test_fresh_hosts_are_the_same_on_a_gpu(width: tuple[int, int] | None) -> None:
+    host: Host = CNNHost(1, 10, 4, pool_layers=2)
+    spec = tiny_spec(host=host if width is None else PaddedHost(host, width))
+    keys, rate = k.host_keys(k.root(3), 5), torch.full((5,), 0.1, dtype=torch.float64)
+    here, there = (fresh_growth(spec, keys, rate, rate, device=device) for device in ("cpu", CUDA))
+    assert all(leaf.is_cuda for part in ("host", "seeds") for leaf in there[part].values(True, True))
+    assert all(leaf.is_cuda for part in ("host", "seeds") for leaf in there["snapshot", part].values(True, True))
+    assert differing(there.to("cpu"), here) == []
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

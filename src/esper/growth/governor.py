@@ -23,7 +23,7 @@ from esper.seeds import bank, stages
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import clear, put
 from esper.seeds.stages import Stage
-from esper.values import changed, finite_rows
+from esper.values import changed
 
 _GUESS_TOLERANCE = 0.065  # a loss this close to that of a uniform guess, as a share of it, is guessing
 _TRAINED = 0.6  # a mean loss below this share of a uniform guess's belongs to a host that had learned
@@ -126,13 +126,6 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
     return judged, consecutive >= settings.min_panics
 
 
-def sound_hosts(growth: TensorDict) -> Tensor:
-    """Whether all parameters, statistics and moments of each host are finite, bool `[N]` on the CPU."""
-    # In one piece, because every launch costs as much as all the numbers.
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in growth["host"].values(include_nested=True, leaves_only=True)]
-    return finite_rows([torch.cat(leaves, dim=1)]).squeeze(1).cpu()
-
-
 def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
     """`new` in the rows where `mask` `[N]` is True, `old` elsewhere; every leaf keeps its bits."""
 
@@ -212,16 +205,17 @@ def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
 
 
 def govern(
-    growth: TensorDict, layout: bank.BankLayout, metrics: TensorDict, settings: GovernorSettings
+    growth: TensorDict, layout: bank.BankLayout, metrics: TensorDict, settings: GovernorSettings, finite: Tensor
 ) -> tuple[TensorDict, TensorDict, TensorDict]:
-    """One epoch's check of all hosts of a shard, after their records are written: roll back or take snapshots.
+    """One epoch's check of all hosts of a shard, after their records are written: roll back or take snapshots. `finite`
+    bool `[N]` says whether all that a host consists of is.
 
     Returns the growth, the metrics `[N]` of the hosts as they stand now (finite whatever happened), and the report
     `[N]` on the CPU: `panic`, `reason`, `loss`, `threshold`, `consecutive` as they were judged, `restored_epoch`, and
     `dropped` `[N, S]`, the seeds a rollback removed. A host is judged by its validation loss, or as not finite when its
     training loss or anything it consists of is not.
     """
-    sound = sound_hosts(growth) & metrics["train_loss"].isfinite()
+    sound = finite & metrics["train_loss"].isfinite()
     loss = torch.where(sound, metrics["val_loss"].double(), math.nan)
     governor, panic = check(growth["governor"], loss, settings)
     judged = changed(growth, governor=governor)

@@ -12,6 +12,7 @@ from esper import keys as k
 from esper.growth import precision
 from esper.growth.governor import fresh_governor, take_snapshot
 from esper.growth.spec import GrowthSpec
+from esper.hosts.init import drawn_on
 from esper.keys import Purpose
 from esper.seeds.bank import empty_bank
 from esper.seeds.slots import empty_records
@@ -31,18 +32,19 @@ def fresh_growth(
 ) -> TensorDict:
     """Fresh hosts for `keys` `[N]` with base learning rates `[N]`: the TensorDict of `docs/design.md`, section 2.
 
-    Initial weights are drawn on the CPU and moved, so that they are the same whatever the device. Only what is computed
-    with is on `device` (`placed`). The first snapshot is of this state, its metrics nan until they are measured.
+    Initial weights are the same whatever the device; they are drawn there. Only what is computed with is on `device`
+    (`placed`). The first snapshot is of this state, its metrics nan until they are measured.
     """
-    n = keys.shape[0]
+    n, device = keys.shape[0], torch.device(device)
     keys = keys.cpu()
-    params, statistics = spec.host.init(k.fold(keys, Purpose.HOST), dtype)
+    with drawn_on(device):
+        params, statistics = spec.host.init(k.fold(keys, Purpose.HOST), dtype)
     state = TensorDict(
         {
             "host": TensorDict(
                 {"params": params, "statistics": statistics, "moments": torch.zeros_like(params)}, batch_size=[n]
             ),
-            "seeds": empty_bank(spec.bank, n, dtype),
+            "seeds": empty_bank(spec.bank, n, dtype, device),
             "slots": empty_records(n, len(spec.slots)),
             "rates": TensorDict({"host": host_lr.double(), "seed": seed_lr.double()}, batch_size=[n]),
             "governor": fresh_governor(n, spec.governor),

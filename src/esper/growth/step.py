@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tensordict import TensorDict
@@ -27,12 +28,14 @@ from esper.growth.state import fresh_growth
 from esper.keys import Purpose
 from esper.seeds import bank
 from esper.seeds.lifecycle import apply_action, record_epoch, tick
+from esper.seeds.nursery import Nursery
 from esper.values import changed, finite_rows, joined
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's share of a run: `size` hosts from host `first` on, their executor and their copy of the data."""
+    """One device's share of a run: `size` hosts from host `first` on, their executor and their copy of the data, and
+    where their next seeds are drawn ahead, if they are."""
 
     device: torch.device
     first: int
@@ -40,6 +43,7 @@ class Shard:
     executor: Executor
     splits: Splits
     calibration: Tensor | None
+    nursery: Nursery | None = None
 
     @property
     def hosts(self) -> slice:
@@ -120,12 +124,20 @@ def run_epoch(
     restarted = [g["governor", "restored_epoch"] >= 0 for g in growth]
     acted, outcomes = [], []
     for shard, g in zip(shards, growth, strict=True):
-        state, outcome = act(spec, g, actions[shard.hosts], accuracy[shard.hosts])
+        state, outcome = act(spec, g, actions[shard.hosts], accuracy[shard.hosts], shard.nursery)
         acted.append(state)
         outcomes.append(outcome)
     plans = [make_plan(g["slots"], spec) for g in acted]
     trained, measured = train(spec, shards, settings, acted, plans, epoch)
-    scores = evaluate(shards, trained, plans, settings, "validation", meanwhile)
+    finite = [finite_parts(spec, g) for g in trained]
+
+    def ahead() -> None:
+        meanwhile()
+        for shard, g in zip(shards, trained, strict=True):
+            if shard.nursery is not None:
+                shard.nursery.draw(g["seeds"], g["slots"], g["key"])
+
+    scores = evaluate(shards, trained, plans, settings, "validation", ahead)
     # Read only now, so that no device waits for its scoring to be issued.
     measurements = measured()
     metrics = _metrics(scores)
@@ -133,8 +145,8 @@ def run_epoch(
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
     done, results, standing = [], [], []
-    for shard, g, plan, outcome in zip(shards, trained, plans, outcomes, strict=True):
-        rows = shard.hosts
+    for shard, g, plan, outcome, sound in zip(shards, trained, plans, outcomes, finite, strict=True):
+        rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
         contribution, error = contributions(plan, scores[rows])
         lived = record_epoch(
             g["slots"],
@@ -142,10 +154,10 @@ def run_epoch(
             contribution,
             error,
             _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[rows]),
-            healthy_seeds(spec, g),
+            sound_seeds,
         )
         g = changed(g, slots=lived, epoch=g["epoch"] + 1)
-        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor)
+        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor, sound_host.squeeze(1))
         after = g["slots"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:
@@ -169,12 +181,15 @@ def run_epoch(
     return done, result
 
 
-def act(spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor) -> tuple[TensorDict, TensorDict]:
+def act(
+    spec: GrowthSpec, growth: TensorDict, action: Tensor, accuracy: Tensor, nursery: Nursery | None = None
+) -> tuple[TensorDict, TensorDict]:
     """Carry out the controller's actions on one shard: records, then the bank. Moments of survivors keep their bits."""
     prices = spec.seed_parameters_of(growth["key"])
     records, outcome = apply_action(growth["slots"], action, spec.rules, prices, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.bank, outcome["culled"])
-    seeds = bank.plant(seeds, spec.bank, outcome["germinated"], records, growth["key"])
+    plant = partial(bank.plant, layout=spec.bank) if nursery is None else nursery.plant
+    seeds = plant(seeds, germinated=outcome["germinated"], records=records, host_key=growth["key"])
     return changed(growth, slots=records, seeds=seeds), outcome
 
 
@@ -255,10 +270,13 @@ def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
     return value.masked_fill(~live, torch.nan).float(), error.masked_fill(~live, torch.nan).float()
 
 
-def healthy_seeds(spec: GrowthSpec, growth: TensorDict) -> Tensor:
-    """Whether every parameter of the seed in each slot is finite, bool `[N, S]` on the CPU; True for empty slots."""
-    # What is not planted is zero.
-    return finite_rows([growth["seeds", "params"][:, spec.bank.columns(slot)] for slot in spec.slots]).cpu()
+def finite_parts(spec: GrowthSpec, growth: TensorDict) -> Tensor:
+    """Whether all numbers of a host (parameters, statistics, moments) and all parameters of the seed in each of its
+    slots are finite, bool `[N, 1 + S]` on the host's device; True for empty slots."""
+    # In one piece, because every launch costs as much as all the numbers. What is not planted is zero.
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in growth["host"].values(include_nested=True, leaves_only=True)]
+    seeds = growth["seeds", "params"]
+    return finite_rows([torch.cat(leaves, dim=1), *(seeds[:, spec.bank.columns(slot)] for slot in spec.slots)])
 
 
 _NEGLIGIBLE = 1e-8

@@ -7,7 +7,7 @@ the next one planted in the same place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -109,9 +109,9 @@ def _fresh_gate(host: Host, slot: str, keys: Tensor, dtype: torch.dtype) -> Tens
     return blending.gate_init(k.fold(keys, 1), site(host, slot).channels, dtype)
 
 
-def empty_bank(layout: BankLayout, n_hosts: int, dtype: torch.dtype) -> TensorDict:
+def empty_bank(layout: BankLayout, n_hosts: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> TensorDict:
     """A bank without seeds."""
-    params = torch.zeros(n_hosts, layout.width, dtype=dtype)
+    params = torch.zeros(n_hosts, layout.width, dtype=dtype, device=device)
     return TensorDict({"params": params, "moments": params.clone()}, batch_size=[n_hosts])
 
 
@@ -130,25 +130,38 @@ def plant(
     if not germinated.any():
         return bank
     params, moments = bank["params"].clone(), bank["moments"].clone()
-    device = params.device
-    for j, slot in enumerate(layout.slots):
+    for j in range(len(layout.slots)):
         hosts = germinated[:, j].nonzero().squeeze(1)
         if hosts.numel() == 0:
             continue
-        of, blueprint = host_key[hosts], records["blueprint"][hosts, j]
-        keys = seed_keys(of, j, records["planted"][hosts, j])
-        # Gates are drawn for all blueprints at once, because many small draws take long.
-        gate = partial(_fresh_gate, slot=slot, dtype=params.dtype)
-        gates = torch.cat(_drawn(layout.host, of, keys, gate, device), dim=1)
-        for b in blueprint.unique().tolist():
-            name, rows = layout.blueprints[b], (blueprint == b).nonzero().squeeze(1)
-            init = partial(_fresh_body, slot=slot, blueprint=name, dtype=params.dtype)
-            body = _drawn(layout.host, of[rows], keys[rows], init, device)
-            fresh = torch.cat([*body, gates.index_select(0, rows.to(device))], dim=1)
-            places, columns = hosts[rows].to(device), layout.kinds[slot, name].columns
+        blueprint = records["blueprint"][hosts, j]
+        wanted = {layout.blueprints[b]: (blueprint == b).nonzero().squeeze(1) for b in blueprint.unique().tolist()}
+        for columns, rows, fresh in fresh_seeds(
+            layout, j, wanted, host_key[hosts], records["planted"][hosts, j], params
+        ):
+            places = hosts[rows].to(params.device)
             params[:, columns].index_copy_(0, places, fresh)
             moments[:, columns].index_fill_(0, places, 0)
     return changed(bank, params=params, moments=moments)
+
+
+def fresh_seeds(
+    layout: BankLayout, j: int, wanted: Mapping[str, Tensor], host_key: Tensor, planted: Tensor, like: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """What would be planted in slot `j` of hosts with keys `[n]` as the `planted`-th `[n]` seed there.
+
+    `wanted` says of which kinds and for which of the hosts (int64 rows). Yields for each kind its columns in the bank,
+    those rows and the seeds, a matrix of the kind of `like`, on its device.
+    """
+    slot, keys = layout.slots[j], seed_keys(host_key, j, planted)
+    # Gates are drawn for all blueprints at once, because many small draws take long.
+    gate = partial(_fresh_gate, slot=slot, dtype=like.dtype)
+    gates = torch.cat(_drawn(layout.host, host_key, keys, gate, like.device), dim=1)
+    for name, rows in wanted.items():
+        init = partial(_fresh_body, slot=slot, blueprint=name, dtype=like.dtype)
+        body = _drawn(layout.host, host_key[rows], keys[rows], init, like.device)
+        seeds = torch.cat([*body, gates.index_select(0, rows.to(like.device))], dim=1)
+        yield layout.kinds[slot, name].columns, rows, seeds
 
 
 def _drawn(host: Host, of: Tensor, keys: Tensor, init: Callable[..., TensorDict], device: torch.device) -> list[Tensor]:
@@ -166,11 +179,11 @@ def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
     if not removed.any():
         return bank
 
-    def cleared(matrix: Tensor) -> Tensor:
-        matrix = matrix.clone()
-        for j, slot in enumerate(layout.slots):
-            rows = removed[:, j].nonzero().squeeze(1).to(matrix.device)
-            matrix[:, layout.columns(slot)].index_fill_(0, rows, 0)
-        return matrix
-
-    return changed(bank, **{name: cleared(matrix) for name, matrix in bank.items()})
+    params, moments = bank["params"].clone(), bank["moments"].clone()
+    for j, slot in enumerate(layout.slots):
+        hosts = removed[:, j].nonzero().squeeze(1)
+        if hosts.numel() > 0:
+            rows = hosts.to(params.device)
+            for matrix in (params, moments):
+                matrix[:, layout.columns(slot)].index_fill_(0, rows, 0)
+    return changed(bank, params=params, moments=moments)

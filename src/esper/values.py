@@ -13,9 +13,10 @@ from torch import Tensor
 def changed(value: TensorDict, **entries: Any) -> TensorDict:
     """A TensorDict that differs from `value` in some entries of its first level and shares all others.
 
-    Much cheaper than a shallow clone, which rebuilds every nested level.
+    `entries` have the shapes of what they replace. They are not checked: looking at every entry again takes 60
+    microseconds of the 70 that a change of slot records would take, of which an epoch makes dozens.
     """
-    return TensorDict({**dict(value.items()), **entries}, batch_size=value.batch_size, device=value.device)
+    return TensorDict._new_unsafe({**dict(value.items()), **entries}, batch_size=value.batch_size, device=value.device)
 
 
 def joined(parts: Sequence[TensorDict]) -> TensorDict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -59,7 +61,10 @@ def may_germinate(records: TensorDict, max_seeds: int | None) -> Tensor:
 def in_stage(records: TensorDict, group: tuple[Stage, ...]) -> Tensor:
     """Whether each slot's stage is one of `group`."""
     stage = records["stage"]
-    result = torch.zeros_like(stage, dtype=torch.bool)
-    for member in group:
-        result = result | (stage == member)
-    return result
+    return _members(group).to(stage.device)[stage]
+
+
+@cache
+def _members(group: tuple[Stage, ...]) -> Tensor:
+    """Whether each stage code is in `group`; one look into a table is faster than a comparison for each."""
+    return torch.tensor([code in group for code in range(max(Stage) + 1)])

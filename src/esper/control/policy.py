@@ -94,18 +94,19 @@ class RecurrentPolicy(TensorDictModuleBase):
         for name, tensor in state.items():
             self.get_buffer(f"observation_{name}").copy_(tensor)
 
-    def unroll(self, td: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def unroll(self, td: TensorDictBase, starts: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits `[N, T, 4, 5]` (padded with zeros), values `[N, T, 1]`, the recurrent state `[N, H]` after all steps.
 
         `td` is `[N, T]` with `observation`, `is_init` and the stored recurrent state; of that only each row's first is
-        used, the rest is run again.
+        used, the rest is run again. `starts` are the `restarts` of `is_init`, None to read them here.
         """
         h, c = (td[key][:, 0] for key in HIDDEN_KEYS)
-        return self._run(td["observation"], h, c, td["is_init"].squeeze(-1))
+        return self._run(td["observation"], h, c, td["is_init"].squeeze(-1), starts)
 
-    def evaluate(self, td: TensorDictBase) -> tuple[FactoredActions, Tensor]:
-        """The distribution over actions and the values `[N, T, 1]` along stored rows `[N, T]`."""
-        logits, value, _, _ = self.unroll(td)
+    def evaluate(self, td: TensorDictBase, starts: Sequence[int] | None = None) -> tuple[FactoredActions, Tensor]:
+        """The distribution over actions and the values `[N, T, 1]` along stored rows `[N, T]`, with `starts` as in
+        `unroll`."""
+        logits, value, _, _ = self.unroll(td, starts)
         return FactoredActions(logits, action_masks(td), self.floors), value
 
     def next_value(self, td: TensorDictBase) -> Tensor:
@@ -131,9 +132,11 @@ class RecurrentPolicy(TensorDictModuleBase):
         """The transform that puts the recurrent state into an environment's specs and its reset."""
         return TensorDictPrimer({key: Unbounded(shape=(self.hidden_dim,)) for key in HIDDEN_KEYS}, expand_specs=True)
 
-    def _run(self, observation: Tensor, h: Tensor, c: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _run(
+        self, observation: Tensor, h: Tensor, c: Tensor, is_init: Tensor, starts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = self.features(normalize(self.statistics, observation))
-        y, h, c = self.memory(x, h, c, is_init)
+        y, h, c = self.memory(x, h, c, is_init, starts)
         y = self.memory_norm(y)
         by_head = (self.heads[name](y) for name in HEADS)
         logits = torch.stack([pad(z, (0, MAX_WIDTH - z.shape[-1])) for z in by_head], -2)

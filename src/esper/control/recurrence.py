@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+
+def restarts(is_init: Tensor) -> list[int]:
+    """The steps after the first at which some row of `is_init` bool `[N, T]` restarts, read on the host."""
+    return (is_init[:, 1:].any(0).nonzero().flatten() + 1).tolist() if is_init.shape[1] > 1 else []
 
 
 class Recurrence(nn.Module):
@@ -23,16 +29,19 @@ class Recurrence(nn.Module):
             for bias in (self.bias_ih, self.bias_hh):
                 bias[hidden_dim : 2 * hidden_dim] = 1.0
 
-    def forward(self, x: Tensor, h: Tensor, c: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, h: Tensor, c: Tensor, is_init: Tensor, starts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs `[N, T, H]` and the state after the last step.
 
         `x` is `[N, T, I]`, `h` and `c` `[N, H]` the state before the first step, and `is_init` bool `[N, T]` marks the
         steps that start from a zero state. Between restarts the fused kernel runs over whole segments, at 4 rows of 25
-        in a third of the time of a loop over cells. Where the restarts are is read on the host once.
+        in a third of the time of a loop over cells. Where the restarts are is `starts`, as `restarts` gives them, or
+        read on the host here; a recording has to be told.
         """
         weights: list[Tensor] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        starts = (is_init[:, 1:].any(0).nonzero().flatten() + 1).tolist() if x.shape[1] > 1 else []
         outputs = []
+        starts = restarts(is_init) if starts is None else starts
         for start, stop in pairwise([0, *starts, x.shape[1]]):
             fresh = is_init[:, start].unsqueeze(-1)
             state = tuple(torch.where(fresh, 0.0, part).unsqueeze(0) for part in (h, c))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from esper.control.policy import HIDDEN_KEYS, MASK_KEYS, RecurrentPolicy
+
+LOSSES = ("loss_objective", "loss_critic", "loss_entropy")
 
 
 def factored_clip_objective(
@@ -26,7 +29,7 @@ def factored_clip_objective(
     clip_ratio: float,
     value_clip: float | None,
     value_coef: float,
-    entropy_coef: float,
+    entropy_coef: float | Tensor,
     entropy_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The three losses and what to know about them; minimise the sum of the losses.
@@ -38,10 +41,11 @@ def factored_clip_objective(
         loss_critic    = value_coef / 2 mean max((V - R)^2, (V_old + clip(V - V_old, -v, v) - R)^2)
         loss_entropy   = - entropy_coef sum_h w_h mean_h H_h
 
-    where `value_clip` None leaves only (V - R)^2 and `entropy_weights` `[4]` default to one. A head relevant nowhere
-    contributes 0. Detached diagnostics: `kl`, `clip_fraction`, `ratio_max`, `ratio_min`, `entropy` `[4]` over relevant
-    steps, `relevant` `[4]` the share of such steps, and `kl_joint`, the estimate mean sum_h (r_h - 1 - ln r_h) of the
-    divergence of the joint policy (a rare head counts by its frequency).
+    where `value_clip` None leaves only (V - R)^2, `entropy_coef` is a number or a tensor `[]`, and `entropy_weights`
+    `[4]` default to one. A head relevant nowhere contributes 0. Detached diagnostics: `kl`, `clip_fraction`,
+    `ratio_max`, `ratio_min`, `entropy` `[4]` over relevant steps, `relevant` `[4]` the share of such steps, and
+    `kl_joint`, the estimate mean sum_h (r_h - 1 - ln r_h) of the divergence of the joint policy (a rare head counts by
+    its frequency).
     """
     count = _steps(relevant).sum(0).clamp(min=1)
 
@@ -96,8 +100,8 @@ class FactoredPPOLoss(LossModule):
     default_keys = _AcceptedKeys
 
     out_keys = [  # noqa: RUF012 - the attribute TorchRL looks up
-        *("loss_objective", "loss_critic", "loss_entropy", "kl_joint"),
-        *("kl", "clip_fraction", "ratio_max", "ratio_min", "entropy", "relevant"),
+        *LOSSES,
+        *("kl_joint", "kl", "clip_fraction", "ratio_max", "ratio_min", "entropy", "relevant"),
     ]
 
     def __init__(
@@ -107,7 +111,7 @@ class FactoredPPOLoss(LossModule):
         clip_ratio: float = 0.2,
         value_clip: float | None = 10.0,
         value_coef: float = 0.5,
-        entropy_coef: float = 0.05,
+        entropy_coef: float | Tensor = 0.05,
         entropy_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -124,9 +128,10 @@ class FactoredPPOLoss(LossModule):
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Advantages are computed outside (`learn.advantages`), so there is no estimator to tell."""
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Losses and diagnostics for rows `[N, T]`, a TensorDict without batch dimensions."""
-        actions, value = self.actor_network.evaluate(tensordict)
+    def forward(self, tensordict: TensorDictBase, starts: Sequence[int] | None = None) -> TensorDict:
+        """Losses and diagnostics for rows `[N, T]`, a TensorDict without batch dimensions; `starts` as in the policy's
+        `evaluate`."""
+        actions, value = self.actor_network.evaluate(tensordict, starts)
         terms = actions.head_terms(tensordict["action"])
         values = factored_clip_objective(
             terms.log_prob,

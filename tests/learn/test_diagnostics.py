@@ -143,7 +143,7 @@ def test_looking_on_changes_nothing(collected) -> None:
 def test_a_sound_update_costs_no_second_look(collected, monkeypatch) -> None:
     calls = []
     evaluate = RecurrentPolicy.evaluate
-    monkeypatch.setattr(RecurrentPolicy, "evaluate", lambda self, td: calls.append(1) or evaluate(self, td))
+    monkeypatch.setattr(RecurrentPolicy, "evaluate", lambda *given: calls.append(1) or evaluate(*given))
     watch = UpdateWatch(DETECTOR, per_layer=False)
     update(collected, watch)
     assert len(calls) == PPOSettings().ppo_updates_per_batch

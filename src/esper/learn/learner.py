@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,6 +14,7 @@ from esper.control.policy import RecurrentPolicy
 from esper.environment.observation import feature_mask
 from esper.keys import Purpose
 from esper.learn.normalizers import RunningMeanStd, scale_reward, update, update_reward_scale
+from esper.learn.recorded import RecordedGradients
 from esper.learn.responses import responses
 from esper.learn.update import PPOSettings, UpdateObserver, entropy_coefficient, ppo_update
 
@@ -21,7 +22,7 @@ from esper.learn.update import PPOSettings, UpdateObserver, entropy_coefficient,
 @dataclass
 class Learner:
     """`contribution_scale` is that of the observations, in percentage points; `rollouts` counts updates and keys their
-    draws; `refused` counts the latest in a row that were not finite."""
+    draws; `refused` counts the latest in a row that were not finite; `gradients` keeps what was recorded of them."""
 
     policy: RecurrentPolicy
     optimizer: Optimizer
@@ -31,6 +32,7 @@ class Learner:
     contribution_scale: float
     rollouts: int = 0
     refused: int = 0
+    gradients: RecordedGradients = field(default_factory=RecordedGradients, repr=False)
 
     def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
@@ -52,6 +54,7 @@ class Learner:
             entropy_coef=entropy_coefficient(self.rollouts * self.settings.ppo_updates_per_batch, self.settings),
             key=k.fold(self.key, Purpose.MINIBATCH, self.rollouts),
             observer=observer,
+            gradients=self.gradients,
         )
         self.rollouts += 1
         if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):

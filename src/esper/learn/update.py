@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.control.policy import RecurrentPolicy
+from esper.control.recurrence import restarts
 from esper.keys import fold, permutation
 from esper.learn.advantages import gae, standardize
-from esper.learn.losses import FactoredPPOLoss
+from esper.learn.losses import LOSSES, FactoredPPOLoss
 from esper.seeds.actions import HEADS
 
 KL_MARGIN = 1.5
-LOSSES = ("loss_objective", "loss_critic", "loss_entropy")
-_CHECKED = ("observation", "action_log_prob", "state_value", ("next", "observation"), ("next", "reward"))
+_PARTS = {
+    **{head: f"heads.{head}." for head in HEADS},
+    **{part: f"{part}." for part in ("features", "memory", "value")},
+}
+"""How the parameters of each part of a policy begin that has a norm of its own."""
+_CHECKED: tuple[str | tuple[str, ...], ...] = (
+    *("observation", "action_log_prob", "state_value"),
+    *(("next", "observation"), ("next", "reward")),
+)
 
 
 class UpdateObserver(Protocol):
@@ -54,6 +62,36 @@ class PPOSettings:
     entropy_coef_min: float = 0.01
     entropy_anneal_steps: int = 0
     entropy_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # of the heads, in the order of HEADS
+
+
+class Checks(NamedTuple):
+    """What there is to know of gradients before they are used, scalars on their device: norms by `grad_norm` and
+    `grad_norm/<part>`, and by parameter whether everything is finite."""
+
+    norms: dict[str, Tensor]
+    finite: dict[str, Tensor]
+
+
+class Evaluation(NamedTuple):
+    """The detached outputs of the loss for some rows, and what puts its gradients into `.grad`, whatever was there
+    before; both are good until the next evaluation."""
+
+    outputs: TensorDictBase
+    differentiate: Callable[[], Checks]
+
+
+class Gradients(Protocol):
+    """How losses and gradients come about: `eager_gradients`, or a recording of the same."""
+
+    def __call__(
+        self,
+        policy: RecurrentPolicy,
+        rows: TensorDictBase,
+        starts: Sequence[int],
+        settings: PPOSettings,
+        entropy_coef: float,
+    ) -> Evaluation:
+        """For rows `[n, T]`, which restart at the steps `starts` (`restarts` of their `is_init`)."""
 
 
 def anneal_steps(episodes: int, n_hosts: int, updates_per_batch: int) -> int:
@@ -106,6 +144,48 @@ def with_advantages(policy: RecurrentPolicy, rollout: TensorDictBase, settings: 
     return prepared
 
 
+def ppo_loss(policy: RecurrentPolicy, settings: PPOSettings, entropy_coef: float | Tensor) -> FactoredPPOLoss:
+    """The loss of `settings`, on the device of `policy`."""
+    device = next(policy.parameters()).device
+    return FactoredPPOLoss(
+        policy,
+        clip_ratio=settings.clip_ratio,
+        value_clip=settings.value_clip,
+        value_coef=settings.value_coef,
+        entropy_coef=entropy_coef,
+        entropy_weights=torch.tensor(settings.entropy_weights, device=device),
+    )
+
+
+def checks(gradients: Mapping[str, Tensor]) -> Checks:
+    """Of the gradients of a policy by parameter, in the policy's order."""
+    norms = {
+        f"grad_norm/{part}": nn.utils.get_total_norm([g for name, g in gradients.items() if name.startswith(prefix)])
+        for part, prefix in _PARTS.items()
+    }
+    norms["grad_norm"] = nn.utils.get_total_norm(gradients.values())
+    return Checks(norms, {name: g.isfinite().all() for name, g in gradients.items()})
+
+
+def gradients_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The gradients that a backward pass left, by parameter."""
+    return {name: p.grad for name, p in parameters if p.grad is not None}
+
+
+def eager_gradients(
+    policy: RecurrentPolicy, rows: TensorDictBase, starts: Sequence[int], settings: PPOSettings, entropy_coef: float
+) -> Evaluation:
+    """See `Gradients`. Those that are not asked for are not computed."""
+    outputs = ppo_loss(policy, settings, entropy_coef)(rows, starts)
+
+    def differentiate() -> Checks:
+        policy.zero_grad()
+        sum(outputs[name] for name in LOSSES).backward()
+        return checks(gradients_of(policy.named_parameters()))
+
+    return Evaluation(outputs.detach(), differentiate)
+
+
 def ppo_update(
     policy: RecurrentPolicy,
     optimizer: Optimizer,
@@ -115,6 +195,7 @@ def ppo_update(
     entropy_coef: float,
     key: Tensor,
     observer: UpdateObserver | None = None,
+    gradients: Gradients = eager_gradients,
 ) -> dict[str, float]:
     """Improve `policy` in place on one rollout `[N, T]`; returns metrics.
 
@@ -127,30 +208,24 @@ def ppo_update(
     gradients at fault, and weights and optimiser state stay as the last good step left them.
 
     Metrics: means over the losses evaluated, extremes for ratios, the last value for the divergences; `<name>/<head>`
-    per head; `grad_norm` before clipping. `observer` looks on. Raises ValueError if
-    there are more minibatches than hosts.
+    per head; `grad_norm` before clipping. `observer` looks on; `gradients` says how losses and gradients come about.
+    Raises ValueError if there are more minibatches than hosts.
     """
     if settings.minibatches > rollout.shape[0]:
         raise ValueError(f"minibatches is {settings.minibatches}; a rollout of {rollout.shape[0]} hosts allows no more")
-    faults = [_name(k) for k in _CHECKED if not bool(rollout[k].isfinite().all())]
+    sound = torch.stack([rollout[k].isfinite().all() for k in _CHECKED]).tolist()
+    faults = [_name(k) for k, finite in zip(_CHECKED, sound, strict=True) if not finite]
     if faults:
         return {"updates": 0.0, **{f"non_finite/{name}": 1.0 for name in faults}}
     prepared = with_advantages(policy, rollout, settings)
     metrics = {"explained_variance": explained_variance(rollout["state_value"], prepared["value_target"])}
-    loss = FactoredPPOLoss(
-        policy,
-        clip_ratio=settings.clip_ratio,
-        value_clip=settings.value_clip,
-        value_coef=settings.value_coef,
-        entropy_coef=entropy_coef,
-        entropy_weights=torch.tensor(settings.entropy_weights, device=rollout.device),
-    )
+    is_init = rollout["is_init"].squeeze(-1).to(key.device)
     history: list[dict[str, float]] = []
     norms: list[dict[str, float]] = []
     stopped = False
     for hosts in _minibatches(rollout.shape[0], settings, key):
         rows = prepared if settings.minibatches == 1 else prepared[hosts]
-        outputs = loss(rows)
+        outputs, differentiate = gradients(policy, rows, restarts(is_init[hosts]), settings, entropy_coef)
         seen = _scalars(outputs)
         if observer is not None:
             observer.evaluated(policy, rows, hosts, seen)
@@ -161,14 +236,15 @@ def ppo_update(
         stopped = settings.target_kl is not None and seen["kl_joint"] > KL_MARGIN * settings.target_kl
         if stopped:
             break
-        optimizer.zero_grad(set_to_none=True)
-        sum(outputs[name] for name in LOSSES).backward()
+        norm, finite = differentiate()
         if observer is not None:
             observer.differentiated(policy)
-        faults = _non_finite_gradients(policy)
+        numbers = _scalars({**norm, **finite})
+        faults = [f"gradient/{name}" for name in finite if not numbers[name]]
         if faults:
             break
-        norms.append(_gradient_norms(policy, settings.max_grad_norm))
+        norms.append({name: numbers[name] for name in norm})
+        nn.utils.clip_grads_with_norm_(policy.parameters(), settings.max_grad_norm, norm["grad_norm"])
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     metrics |= {"updates": float(len(norms)), "stopped_early": float(stopped), "entropy_coef": entropy_coef}
@@ -186,30 +262,11 @@ def _name(key: str | tuple[str, ...]) -> str:
     return key if isinstance(key, str) else ".".join(key)
 
 
-def _scalars(outputs: TensorDictBase) -> dict[str, float]:
+def _scalars(outputs: TensorDictBase | Mapping[str, Tensor]) -> dict[str, float]:
     """Scalars by name and per-head entries by `name/head`, read in one transfer."""
     names = [k if v.ndim == 0 else f"{k}/{h}" for k, v in outputs.items() for h in (HEADS if v.ndim else ("",))]
     numbers = torch.cat([v.detach().reshape(-1) for v in outputs.values()]).tolist()
     return dict(zip(names, numbers, strict=True))
-
-
-def _non_finite_gradients(policy: nn.Module) -> list[str]:
-    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-    finite = torch.stack([g.isfinite().all() for g in gradients.values()]).tolist()
-    return [f"gradient/{name}" for name, ok in zip(gradients, finite, strict=True) if not ok]
-
-
-def _gradient_norms(policy: RecurrentPolicy, limit: float) -> dict[str, float]:
-    """Norms before clipping, of everything and of each part; clips the gradients to `limit`."""
-    shared = {"features": policy.features, "memory": policy.memory, "value": policy.value}
-    parts: dict[str, nn.Module] = {**dict(policy.heads.items()), **shared}
-    norms = {f"grad_norm/{name}": _norm(part) for name, part in parts.items()}
-    norms["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), limit)
-    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
-
-
-def _norm(module: nn.Module) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

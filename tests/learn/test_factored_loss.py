@@ -184,6 +184,18 @@ def test_frozen_weights_mean_ratio_one_and_no_divergence(task):
     assert (outputs["clip_fraction"] == 0).all()
 
 
+def test_the_entropy_coefficient_may_be_a_tensor():
+    env = Memory(0)
+    policy = RecurrentPolicy(env.features, 16, seed=0)
+    prepared = with_advantages(policy, collect(env, policy), PPOSettings())
+    results = []
+    for coefficient in (0.03, torch.tensor(0.03)):
+        outputs = FactoredPPOLoss(policy, entropy_coef=coefficient)(prepared)
+        gradients = torch.autograd.grad(outputs["loss_entropy"], policy.heads.parameters())
+        results.append([*outputs.values(), *gradients])
+    assert all(torch.equal(number, tensor) for number, tensor in zip(*results, strict=True))
+
+
 def test_the_loss_module_reads_and_writes_what_it_declares():
     env = Memory(0)
     policy = RecurrentPolicy(env.features, 16, seed=0)

@@ -7,7 +7,15 @@ import torch
 
 from esper.control.policy import RecurrentPolicy
 from esper.keys import root
-from esper.learn.update import PPOSettings, explained_variance, ppo_update, with_advantages
+from esper.learn.recorded import RecordedGradients, differentiated
+from esper.learn.update import (
+    PPOSettings,
+    eager_gradients,
+    explained_variance,
+    ppo_loss,
+    ppo_update,
+    with_advantages,
+)
 from esper.seeds.actions import HEADS
 from learn.learning_tasks import Bandit, Memory, collect
 
@@ -163,6 +171,31 @@ def test_minibatches_are_keyed_groups_of_hosts(learner):
     assert not same(results[0], results[2])
     with pytest.raises(ValueError, match="minibatches is 65; a rollout of 64 hosts"):
         run(learner, PPOSettings(minibatches=65))
+
+
+def test_what_is_recorded_is_what_is_computed_eagerly(learner):
+    """The recorded part on a CPU: to the bit, and without touching the gradients of the weights."""
+    policy, _, rollout = learner
+    rows = with_advantages(policy, rollout, DEFAULT)
+    outputs, gradients, checks = differentiated(ppo_loss(policy, DEFAULT, torch.tensor(0.03)), rows)
+    assert all(p.grad is None for p in policy.parameters())
+    eager = eager_gradients(policy, rows, [], DEFAULT, 0.03)
+    assert same(dict(outputs.items()), dict(eager.outputs.items()))
+    assert same(checks, eager.differentiate())
+    assert same(gradients, {name: p.grad for name, p in policy.named_parameters()})
+    assert len({gradient.data_ptr() for gradient in gradients.values()}) == len(gradients)
+
+
+def test_nothing_is_recorded_on_a_cpu(learner):
+    policy, optimizer, rollout = learner
+    twin = copy.deepcopy(policy)
+    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=1e-3)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    rollout["is_init"][::3, 2] = True
+    options = {"entropy_coef": 0.03, "key": root(0)}
+    plain = ppo_update(policy, optimizer, rollout, DEFAULT, **options)
+    assert plain == ppo_update(twin, twin_optimizer, rollout, DEFAULT, **options, gradients=RecordedGradients())
+    assert same(snapshot(policy, optimizer), snapshot(twin, twin_optimizer))
 
 
 def test_a_rollout_of_one_step_is_usable():

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from esper.control.policy import RecurrentPolicy
+from esper.control.recurrence import restarts
 from esper.keys import host_keys, root
 from esper.learn.normalizers import running_mean_std, update
 from esper.seeds.actions import OP, Op
@@ -152,6 +153,20 @@ def test_weights_can_be_passed_in(policy):
     assert torch.equal(functional, reference(td.clone())["state_value"])
     assert not torch.equal(functional, before)
     assert torch.equal(policy(td.clone())["state_value"], before)
+
+
+def test_restarts_told_and_restarts_read_are_the_same():
+    env = Memory(0)
+    policy = RecurrentPolicy(env.features, HIDDEN, seed=0)
+    rollout = collect(env, policy)
+    assert restarts(rollout["is_init"].squeeze(-1)) == []
+    assert restarts(rollout["is_init"][:, :1].squeeze(-1)) == []
+    rollout["is_init"][::3, 2] = rollout["is_init"][1, 3] = True
+    starts = restarts(rollout["is_init"].squeeze(-1))
+    assert starts == [2, 3]
+    for read, told in zip(policy.unroll(rollout), policy.unroll(rollout, starts), strict=True):
+        assert torch.equal(read, told)
+    assert not torch.equal(policy.unroll(rollout)[1], policy.unroll(rollout, [])[1])
 
 
 def test_next_value_uses_the_state_the_step_left_behind():

@@ -59,9 +59,10 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
         entropy_anneal_steps=anneal_steps(config.entropy_anneal_episodes, config.n_envs, config.ppo_updates_per_batch),
         entropy_weights=tuple(getattr(config.entropy_weights, head) for head in HEADS),
     )
-    optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5)
+    device = next(policy.parameters()).device
+    optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=device.type == "cuda")
     # Beside the weights from the start: a GPU divides by a number on the CPU in another way than by one of its own.
-    rewards = reward_scale().to(next(policy.parameters()).device)
+    rewards = reward_scale().to(device)
     return Learner(policy, optimizer, rewards, settings, k.root(config.seed), config.contribution_scale)
 
 

@@ -130,16 +130,18 @@ def run_epoch(
     plans = [make_plan(g["slots"], spec) for g in acted]
     trained, measured = train(spec, shards, settings, acted, plans, epoch)
     finite = [finite_parts(spec, g) for g in trained]
+    measurements = TensorDict()
 
-    def ahead() -> None:
+    def while_scoring() -> None:
+        nonlocal measurements
         meanwhile()
         for shard, g in zip(shards, trained, strict=True):
             if shard.nursery is not None:
                 shard.nursery.draw(g["seeds"], g["slots"], g["key"])
+        # Read only now, so that no device waits for its scoring to be issued, and not later, because it takes a while.
+        measurements = measured()
 
-    scores = evaluate(shards, trained, plans, settings, "validation", ahead)
-    # Read only now, so that no device waits for its scoring to be issued.
-    measurements = measured()
+    scores = evaluate(shards, trained, plans, settings, "validation", while_scoring)
     metrics = _metrics(scores)
     metrics["train_loss"] = measurements["loss"].float()
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
@@ -227,7 +229,7 @@ def train(
             carries[i] = shard.executor.train_step(carries[i], x, y, host_lr, seed_lr, dropout[i][t], t == steps - 1)
     finished = [s.executor.finish(c, g) for s, c, g in zip(shards, carries, growth, strict=True)]
     parts = list(zip(shards, carries, strict=True))
-    return finished, lambda: joined([s.executor.measured(c).cpu() for s, c in parts])
+    return finished, lambda: joined([s.executor.measured(c) for s, c in parts])
 
 
 def evaluate(

@@ -57,7 +57,7 @@ class Learner:
             gradients=self.gradients,
         )
         self.rollouts += 1
-        if not all(bool(p.isfinite().all()) for p in self.policy.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all():
             metrics["non_finite/weights"] = 1.0
         if any(name.startswith("non_finite/") for name in metrics):
             self.load_state(before)

@@ -47,7 +47,8 @@ class Executor(Protocol):
         ...
 
     def measured(self, carry: Carry) -> TensorDict:
-        """The measurements of `empty_measurements`, after `finish`. Waits for the device."""
+        """The measurements of `empty_measurements` on the CPU, after `finish`. Waits until the device has trained, not
+        for what it was given to do since."""
         ...
 
     def begin_evaluation(self, growth: TensorDict, plan: Plan, calibration: Tensor | None) -> Carry:

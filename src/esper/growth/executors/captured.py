@@ -128,7 +128,10 @@ class CapturedExecutor:
         return carry
 
     def finish(self, carry: _Trainer, growth: TensorDict) -> TensorDict:
-        return self.stacked.finish(_own_results(carry.carry), growth)
+        own = _own_results(carry.carry)
+        finished = self.stacked.finish(own, growth)
+        carry.carry.told = own.told
+        return finished
 
     def measured(self, carry: _Trainer) -> TensorDict:
         return self.stacked.measured(carry.carry)

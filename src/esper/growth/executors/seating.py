@@ -7,7 +7,7 @@ depends on the number of seats alone; a free seat computes nothing that anyone r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,3 +164,19 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Send tensors to the CPU. The result waits for them to arrive, but not for what their device is given to do after
+    this; a CUDA device is not waited for here."""
+    if not tensors[0].is_cuda:
+        return lambda: list(tensors)
+    arriving = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(tensors[0].device))
+
+    def arrived() -> list[Tensor]:
+        sent.synchronize()
+        return arriving
+
+    return arrived

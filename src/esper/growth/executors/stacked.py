@@ -7,7 +7,7 @@ blueprint, and every blueprint runs stacked over its seats; what differs between
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +30,7 @@ from esper.growth.executors.seating import (
     Table,
     as_table,
     demand,
+    download,
     seat_plan,
     upload,
 )
@@ -78,6 +79,7 @@ class Training:
     norms: Tree = field(default_factory=dict)
     steps: int = 0
     seen: int = 0
+    told: Callable[[], list[Tensor]] = list
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class StackedExecutor(base.Roomless):
         return carry
 
     def finish(self, carry: Training, growth: TensorDict) -> TensorDict:
-        n = list(growth.batch_size)
+        n, norms = list(growth.batch_size), leaves(carry.norms)
+        carry.told = download([carry.loss, carry.correct, *([torch.cat(norms)] if norms else [])])
         params, moments = (carry.layout.open(packed.detach()) for packed in (carry.params, carry.moments))
         # Copies, because a view would keep the whole vector with all its seats.
         host = TensorDict(
@@ -279,13 +282,13 @@ class StackedExecutor(base.Roomless):
     def measured(self, carry: Training) -> TensorDict:
         n, table = carry.loss.shape[0], carry.table
         result = base.empty_measurements(n, len(self.spec.slots))
-        result["loss"][:] = (carry.loss / max(1, carry.steps)).cpu()
-        result["correct"][:] = carry.correct.cpu()
+        loss, correct, *joined = carry.told()
+        result["loss"][:] = loss / max(1, carry.steps)
+        result["correct"][:] = correct
         result["seen"][:] = carry.seen
-        if not carry.norms:
+        if not joined:
             return result
-        found = leaves(carry.norms)
-        norms = like(carry.norms, iter(torch.cat(found).cpu().split([leaf.shape[0] for leaf in found])))
+        norms = like(carry.norms, iter(joined[0].split([leaf.shape[0] for leaf in leaves(carry.norms)])))
         result["host_norm"][:] = torch.stack(leaves(norms["host"])).norm(dim=0)
         for j, slot in enumerate(self.spec.slots):
             first = 0

@@ -40,9 +40,10 @@ SCALE = 100.0
 QUARTERS = 4
 
 
-def decided(bench: Bench, hosts: int, planted: ScheduleStep) -> tuple[int, Tensor, Tensor]:
+def decided(bench: Bench, hosts: int, planted: ScheduleStep) -> tuple[int, Tensor, Tensor] | None:
     """The first epoch in which seeds of this kind may be fossilised, and of the hosts `[n]` where they may: what they
-    contribute then, and by how much keeping beats culling at the end, both in percentage points."""
+    contribute then, and by how much keeping beats culling at the end, both in percentage points. None if no seed
+    ever may."""
     env = bench.env(hosts)
 
     def end(op: str, epoch: int) -> Outcome:
@@ -54,7 +55,7 @@ def decided(bench: Bench, hosts: int, planted: ScheduleStep) -> tuple[int, Tenso
     place = LAYOUT.index(planted.slot)
     may = kept.rollout["mask_slot"][..., Op.FOSSILIZE, place].cpu()
     if not may.any():
-        raise SystemExit(f"{planted.slot}:{planted.blueprint}@{planted.epoch}: no seed may ever be fossilised")
+        return None
     epoch = int(may.any(0).nonzero()[0])
     open_gate = may[:, epoch]
     contribution, _ = measured_contributions(kept.rollout["observation"], SCALE)
@@ -98,7 +99,11 @@ def main() -> None:
         if len(planted) > 1:
             continue
         name = f"{planted[0].slot}:{planted[0].blueprint}@{planted[0].epoch}"
-        found = row(name, *decided(bench, 8 if given.smoke else given.hosts, planted[0]))
+        played = decided(bench, 8 if given.smoke else given.hosts, planted[0])
+        if played is None:
+            print(f"| {name} | never | 0 | | | |", flush=True)
+            continue
+        found = row(name, *played)
         quarters = ", ".join(f"{c:.1f}: {w:+.2f}" for c, w in found["quarters"])
         correlation = "none" if found["rank_correlation"] is None else f"{found['rank_correlation']:+.2f}"
         spread = f"{found['worth']:+.2f} (sd {found['spread']:.2f})"

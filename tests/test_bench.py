@@ -12,9 +12,13 @@ import torch
 
 import choosing
 import gpu
+import keeping
 import plain
 import surrogate
 from esper import tasks
+from esper.compare.bench import Bench
+from esper.compare.config import CompareConfig
+from esper.config_fields import ScheduleStep
 from esper.data.batches import evaluation_batches
 from esper.growth.executors import coalitions
 from esper.growth.executors.stacked import StackedExecutor
@@ -172,3 +176,55 @@ def test_choosing_plays_every_schedule_of_a_comparison(monkeypatch: pytest.Monke
     assert rows[4]["all"] == max(row["all"] for row in rows[:4])
     for free, dear in zip(rows[:4], rows[5:9], strict=True):
         assert dear["all"] < free["all"] <= free["foresight"]
+
+
+def test_keeping_is_worth_what_kept_hosts_end_with_more_than_culled_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both are the same until the decision, and the contribution is the one of that moment."""
+    training = {"task": "digits_narrow", "slots": ["early"], "seed": 3, "max_epochs": 8, "train_samples": 256}
+    training |= {"incubation": "none", "gates": "permissive", "contribution_scale": keeping.SCALE}
+    arms = [{"kind": "never"}, {"kind": "schedule", "grid": {"blueprints": ["conv_expand"]}}]
+    bench = Bench(CompareConfig.from_dict({"training": training, "seeds": 2, "arms": arms}), tmp_path, print)
+    outcomes, play = [], keeping.play
+
+    def noted(*args: Any, **options: Any) -> Any:
+        outcomes.append(play(*args, **options))
+        return outcomes[-1]
+
+    monkeypatch.setattr(keeping, "play", noted)
+    planted = ScheduleStep(epoch=0, op="germinate", slot="early", blueprint="conv_expand", blend="linear")
+    found = keeping.decided(bench, 8, planted)
+    assert found is not None
+    epoch, contribution, worth = found
+    kept, culled = outcomes
+    assert torch.equal(kept.course[:, :epoch], culled.course[:, :epoch])
+    may = kept.rollout["mask_slot"][:, epoch, keeping.Op.FOSSILIZE, 0]
+    assert int(may.sum()) == len(worth) > 1
+    assert bool((culled.records["blueprint"][may] == -1).all())
+    assert torch.equal(worth, (kept.accuracy - culled.accuracy)[may])
+    assert bool((contribution >= 1.0).all())
+    assert keeping.decided(bench, 2, planted.model_copy(update={"epoch": 7})) is None
+
+
+def test_keeping_ranks_contributions_against_what_keeping_is_worth(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    contribution = torch.tensor([1.0, 8.0, 2.0, 4.0, 7.0, 3.0, 6.0, 5.0], dtype=torch.float64)
+    rising = keeping.row("a", 5, contribution, contribution - 4.5)
+    assert rising["rank_correlation"] == pytest.approx(1.0)
+    assert rising["worth"] == pytest.approx(0.0)
+    assert rising["quarters"] == [pytest.approx([m, m - 4.5]) for m in (1.5, 3.5, 5.5, 7.5)]
+    assert keeping.row("a", 5, contribution, -contribution)["rank_correlation"] == pytest.approx(-1.0)
+
+    out, config = tmp_path / "bench.json", tmp_path / "compare.json"
+    training = {"task": "digits_narrow", "slots": ["early"], "max_epochs": 8, "train_samples": 256}
+    training |= {"incubation": "none", "gates": "permissive", "blueprints": ["conv_expand"]}
+    sweep = {"kind": "schedule", "grid": {"epochs": [0, 7]}}
+    config.write_text(json.dumps({"training": training, "seeds": 2, "arms": [{"kind": "never"}, sweep]}))
+    monkeypatch.setattr(sys, "argv", ["keeping.py", "--config", str(config), "--hosts", "8", "--out", str(out)])
+    keeping.main()
+    (kept,) = json.loads(out.read_text())["rows"]  # one planted in the last epoch can never be kept
+    assert (kept["schedule"], kept["decided"]) == ("early:conv_expand@0", 5)
+    assert kept["hosts"] > 1
+    assert len(kept["quarters"]) == keeping.QUARTERS

@@ -72,13 +72,41 @@ def test_only_what_has_changed_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -
     assert drawn[3:] == [(1, 2)]
 
 
-def test_a_run_with_a_nursery_is_the_same_run() -> None:
+def test_a_draw_that_fails_leaves_nothing_that_is_taken_for_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["cnn"]
+    expected, where, records, keys = planted(layout)
+    empty, nursery, fresh_seeds = bank.empty_bank(layout, N, torch.float64), Nursery(layout), bank.fresh_seeds
+    nursery.draw(empty, changed(records, planted=records["planted"] - 1), keys)
+    others, calls = k.host_keys(k.root(10), N), iter(range(9))
+
+    def failing(*args):  # type: ignore[no-untyped-def]
+        if next(calls) == 2:
+            raise MemoryError
+        return fresh_seeds(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bank, "fresh_seeds", failing)
+        with pytest.raises(MemoryError):
+            nursery.draw(empty, changed(records, planted=records["planted"] - 1), others)
+    assert differing(nursery.plant(empty, where, records, keys), expected) == []
+
+
+def test_a_run_with_a_nursery_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And from its second epoch on nothing is drawn when it is planted."""
     spec = tiny_spec()
     plain, ahead = (Run(spec, executor=StackedExecutor(spec, torch.device("cpu"))) for _ in range(2))
     ahead.shards = [replace(shard, nursery=Nursery(spec.bank)) for shard in ahead.shards]
+    drawn, plant = [], bank.plant
+
+    def counted(seeds, layout, germinated, records, host_key):  # type: ignore[no-untyped-def]
+        drawn.append(int(germinated.sum()))
+        return plant(seeds, layout, germinated, records, host_key)
+
+    monkeypatch.setattr(bank, "plant", counted)
     actions = [{0: germinate(0)}, {1: germinate(1, 1), 2: germinate(0)}, {0: (Op.CULL, 0)}, {}, {0: germinate(0, 1)}]
     for chosen in actions:
         results = [run.step(chosen) for run in (plain, ahead)]
         assert differing(*results) == []
         assert differing(plain.growth, ahead.growth) == []
-    assert int(plain.growth["slots", "planted"].sum()) >= 4
+    assert drawn[::2] == [1, 2, 0, 0, 1]
+    assert drawn[1::2] == [1, 0, 0, 0, 0]

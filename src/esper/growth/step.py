@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from tensordict import TensorDict
@@ -138,7 +137,7 @@ def run_epoch(
         for shard, g in zip(shards, trained, strict=True):
             if shard.nursery is not None:
                 shard.nursery.draw(g["seeds"], g["slots"], g["key"])
-        # Read only now, so that no device waits for its scoring to be issued, and not later, because it takes a while.
+        # Training is over long before scoring is, and reading what it measured takes a while.
         measurements = measured()
 
     scores = evaluate(shards, trained, plans, settings, "validation", while_scoring)
@@ -190,8 +189,8 @@ def act(
     prices = spec.seed_parameters_of(growth["key"])
     records, outcome = apply_action(growth["slots"], action, spec.rules, prices, accuracy)
     seeds = bank.uproot(growth["seeds"], spec.bank, outcome["culled"])
-    plant = partial(bank.plant, layout=spec.bank) if nursery is None else nursery.plant
-    seeds = plant(seeds, germinated=outcome["germinated"], records=records, host_key=growth["key"])
+    planted = outcome["germinated"], records, growth["key"]
+    seeds = bank.plant(seeds, spec.bank, *planted) if nursery is None else nursery.plant(seeds, *planted)
     return changed(growth, slots=records, seeds=seeds), outcome
 
 

@@ -42,9 +42,11 @@ class Nursery:
         bank. Only those that have changed are drawn."""
         like, number = seeds["params"], records["planted"] + 1
         with self._aside.writing() if self._aside else nullcontext():
-            if self._rows.shape != like.shape or self._rows.dtype != like.dtype:
-                self._rows, self._host_key = torch.empty_like(like), torch.empty(0, dtype=torch.int64)
             missing = ~self._has(host_key, number)
+            if self._rows.shape != like.shape or self._rows.dtype != like.dtype:
+                self._rows, missing = torch.empty_like(like), torch.ones_like(missing)
+            # Whatever happens on the way, no row is taken for what it is not.
+            self._host_key = torch.empty(0, dtype=torch.int64)
             for j in range(len(self._layout.slots)):
                 hosts = missing[:, j].nonzero().squeeze(1)
                 if hosts.numel() == 0:
@@ -62,7 +64,7 @@ class Nursery:
         if there.any():
             kind = torch.where(there, records["blueprint"], -1).to(self._device)
             here = kind.index_select(1, self._slot_of) == self._kind_of
-            with self._aside.reading() if self._aside else nullcontext():
+            with self._aside.reading(self._rows) if self._aside else nullcontext():
                 params = torch.where(here, self._rows, seeds["params"])
             seeds = changed(seeds, params=params, moments=seeds["moments"].masked_fill(here, 0))
         return bank.plant(seeds, self._layout, germinated & ~there, records, host_key)
@@ -90,9 +92,10 @@ class _Aside:
             yield
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, written: Tensor) -> Iterator[None]:
         """Work of the present stream that reads what was written."""
         present = torch.cuda.current_stream(self._device)
         present.wait_stream(self._stream)
+        written.record_stream(present)
         yield
         self._read.record(present)

@@ -101,7 +101,7 @@ class CapturedExecutor:
             fresh = self.stacked.start(growth, table, held.carry.seating.capacity, held.carry)
             _copy(_state(held.carry), _state(fresh))
             held.carry.table, held.carry.seating = table, fresh.seating
-            held.carry.norms, held.carry.steps, held.carry.seen = {}, 0, 0
+            held.carry.norms, held.carry.steps, held.carry.seen, held.carry.told = {}, 0, 0, list
             return held
         held = None
         self._forget()

@@ -34,15 +34,16 @@ def _draw_kernel(keys, out, count, bound, BLOCK: tl.constexpr):
 
 
 @lru_cache(maxsize=256)
-def _in_memory(bound: float, device: torch.device) -> Tensor:
-    """A bound where the kernel reads it: as an argument it would arrive in float32. There are few, and they recur."""
+def _in_memory(bound: float, device: torch.device, stream: int) -> Tensor:
+    """A bound where a kernel on this stream reads it: as an argument it would arrive in float32. There are few, and
+    they recur."""
     return torch.full((), bound, dtype=torch.float64, device=device)
 
 
 def centred_uniform(keys: Tensor, count: int, bound: float, dtype: torch.dtype) -> Tensor:
     """`(2 esper.keys.uniform(keys, count) - 1) * bound` in float64, `[N, count]` in `dtype`, for `keys` `[N]`."""
     out = torch.empty(keys.shape[0], count, dtype=dtype, device=keys.device)
-    limit = _in_memory(bound, keys.device)
+    limit = _in_memory(bound, keys.device, torch.cuda.current_stream(keys.device).cuda_stream)
     # A kernel starts on the present device, wherever its tensors lie.
     with torch.cuda.device(keys.device):
         _draw_kernel[(triton.cdiv(count, _BLOCK), keys.shape[0])](keys.contiguous(), out, count, limit, _BLOCK)

@@ -230,7 +230,7 @@ def _sum_up(parts: Mapping[str, Tensor], result: TensorDict) -> TensorDict:
     nothing = torch.zeros(result.batch_size[0])
     row = {name: parts.get(name, nothing) for name in COMPONENTS}
     # Summed in double precision, so that the rounded total is within half a float32 step of the exact sum.
-    total = torch.stack([part.double() for part in row.values()]).sum(dim=0).float()
+    total = torch.stack(list(row.values())).double().sum(dim=0).float()
     return TensorDict({**row, "total": total}, batch_size=result.batch_size[:1])
 
 
@@ -300,20 +300,15 @@ def _action(before: TensorDict, outcome: TensorDict, settings: RewardSettings) -
         hit: Tensor = (target & (before["stage"] == stage)).any(dim=1)
         return hit
 
-    def amount(value: float) -> Tensor:
-        return torch.full_like(op, value, dtype=torch.float32)
-
     points = torch.where(target, _points(before), 0.0).sum(dim=1)
     good = (target & (before["contribution"] >= 0)).any(dim=1)
     asked = torch.tensor([0.0, settings.cost_germinate, settings.cost_cull, settings.cost_fossilize])
-    refused_fossil = torch.where(
-        aimed_at(Stage.PROBATIONARY), amount(settings.failed_gate), amount(settings.rejected_fossilize)
-    )
+    refused_fossil = torch.where(aimed_at(Stage.PROBATIONARY), settings.failed_gate, settings.rejected_fossilize)
     young = (target & gates.in_stage(before, CULLABLE)).any(dim=1)
-    refused_cull = torch.where(young, amount(settings.rejected_young_cull), amount(settings.rejected_cull))
-    refused_cull = torch.where(aimed_at(Stage.FOSSILIZED), amount(settings.rejected_fossil_cull), refused_cull)
+    refused_cull = torch.where(young, settings.rejected_young_cull, settings.rejected_cull)
+    refused_cull = torch.where(aimed_at(Stage.FOSSILIZED), settings.rejected_fossil_cull, refused_cull)
     nothing = torch.zeros_like(points)
-    refused = torch.stack([nothing, amount(settings.rejected_germinate), refused_cull, refused_fossil])
+    refused = torch.stack([nothing, nothing + settings.rejected_germinate, refused_cull, refused_fossil])
     kept = settings.fossilize_base + settings.fossilize_scale * points
     lost = torch.where(good, -(settings.cull_good_base + settings.cull_good_scale * points), nothing)
     done = torch.stack([nothing, nothing, lost, kept])

@@ -220,6 +220,7 @@ def test_more_episodes_than_planned(reference: Reference, tmp_path: Path) -> Non
 
 _TERMINATED = """
 import sys
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from engine import Silent, tiny_config, tiny_task
@@ -228,8 +229,9 @@ from esper.run import train
 with tiny_task():
     config = tiny_config(**{fields!r})
     folder = Path({folder!r})
+    fields, say = config.to_train_kwargs(), partial(print, flush=True)
     with EventLog(folder, config.to_dict(), config.telemetry_level) as events:
-        train(run_dir=folder, events=events, progress=Silent(), farewell=print, **config.to_train_kwargs())
+        train(run_dir=folder, events=events, progress=Silent(), farewell=say, **fields)
 """
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from esper.compare.arms import points_of
 from esper.compare.bench import Bench
-from esper.compare.config import CompareConfig, Schedule
+from esper.compare.config import CompareConfig, Point, Schedule
 from esper.compare.play import Role, play
 from esper.config import read_json
 from esper.control.scripted import ScriptedPolicy
@@ -70,6 +70,11 @@ class Played:
     seen: Tensor
 
 
+def planting(steps: Point) -> str:
+    """What a schedule plants where and when, for people."""
+    return " ".join(f"{s.slot}:{s.blueprint}@{s.epoch}" for s in steps if s.op == "germinate")
+
+
 def played(bench: Bench, hosts: int) -> Played:
     """Play never-grow and every schedule of the comparison on the same hosts."""
     env = bench.env(hosts)
@@ -80,7 +85,7 @@ def played(bench: Bench, hosts: int) -> Played:
     for steps in points:
         policy = ScriptedPolicy(patient_schedule(steps, spec.blueprints, spec.rules.max_epochs))
         grown = play(env, policy, Role.TUNING, host_lr=bench.host_lr)
-        names.append(" ".join(f"{s.slot}:{s.blueprint}@{s.epoch}" for s in steps if s.op == "germinate"))
+        names.append(planting(steps))
         contribution = grown.records["contribution"].nan_to_num(-torch.inf).amax(1)
         extra = 100.0 * (grown.parameters - alone.parameters) / budget
         columns.append(torch.stack([grown.accuracy - alone.accuracy, extra.double(), contribution.double()]))

@@ -21,11 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
+from choosing import planting
 from esper.compare.arms import points_of
 from esper.compare.bench import Bench
 from esper.compare.config import CompareConfig, Schedule
 from esper.compare.play import Outcome, Role, play
 from esper.compare.statistics import rank_correlation
+from esper.compare.table import ranked
 from esper.config import read_json
 from esper.config_fields import ScheduleStep
 from esper.control.scripted import ScriptedPolicy
@@ -98,16 +100,15 @@ def main() -> None:
         planted = [step for step in steps if step.op == "germinate"]
         if len(planted) > 1:
             continue
-        name = f"{planted[0].slot}:{planted[0].blueprint}@{planted[0].epoch}"
+        name = planting(steps)
         played = decided(bench, 8 if given.smoke else given.hosts, planted[0])
         if played is None:
             print(f"| {name} | never | 0 | | | |", flush=True)
             continue
         found = row(name, *played)
         quarters = ", ".join(f"{c:.1f}: {w:+.2f}" for c, w in found["quarters"])
-        correlation = "none" if found["rank_correlation"] is None else f"{found['rank_correlation']:+.2f}"
-        spread = f"{found['worth']:+.2f} (sd {found['spread']:.2f})"
-        print(f"| {name} | {found['decided']} | {found['hosts']} | {spread} | {correlation} | {quarters} |", flush=True)
+        spread, rank = f"{found['worth']:+.2f} (sd {found['spread']:.2f})", ranked(found["rank_correlation"])
+        print(f"| {name} | {found['decided']} | {found['hosts']} | {spread} | {rank} | {quarters} |", flush=True)
         rows.append(found)
     write_json(given.out, {"config": str(given.config), "rows": rows})
 

@@ -169,7 +169,7 @@ def test_saving_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
         took = time.perf_counter() - start
         released.set()
         store.finish()
-    assert took < 0.5
+    assert took < 5.0  # waiting for the writer would take until `released`
     assert written == [0, 999]
 
 

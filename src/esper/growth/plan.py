@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 
 from tensordict import TensorDict
 
@@ -53,6 +54,7 @@ def make_plan(records: TensorDict, spec: GrowthSpec) -> Plan:
     stage, blueprint, blend = (records[name].tolist() for name in ("stage", "blueprint", "blend"))
     incubation = None if spec.rules.incubation == "none" else Mode(spec.rules.incubation)
 
+    @cache
     def slot(s: int, b: int, f: int) -> SlotPlan | None:
         gated = f == blending.GATED
         if s == Stage.TRAINING and incubation is not None:

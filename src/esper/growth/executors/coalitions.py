@@ -204,8 +204,7 @@ def start(
         columns = pack(seeds) if seeds else rows
     else:
         held, rows, columns = alike.layout, alike.rows, alike.columns
-    owner = torch.cat([s.source for s in seating.slots(seating.data)])
-    address = addresses(owner, rows, columns, spec.bank.width)
+    address = addresses(seating.hosts(seating.data), rows, columns, spec.bank.width)
     return Scoring(
         tree=tree,
         data=tree.data,

@@ -123,40 +123,49 @@ class Seats:
 @dataclass(frozen=True)
 class Seating:
     """The seats of a plan. All of it lies in one tensor, `data`, which another plan of the same capacity can replace.
-
-    `members[j][b]` are the hosts on the seats of blueprint `b` in slot `j`, in order; `seat` `[N, S]` the seat of each
-    host's seed, -1 for none. Both are on the CPU.
-    """
+    `seat` `[N, S]` on the CPU is the seat of each host's seed, -1 for none."""
 
     capacity: Capacity
-    members: tuple[tuple[Tensor, ...], ...]
     seat: Tensor
     data: Tensor
 
     def slots(self, data: Tensor) -> list[Seats]:
         """The seats by slot, as views of `data`."""
-        n, result, first = self.seat.shape[0], [], 0
-        for capacity in self.capacity:
-            sizes = [sum(capacity)] * 4 + [n] * 2
-            parts = data[first : first + sum(sizes)].split(sizes)
-            result.append(Seats(capacity, *parts))
-            first += sum(sizes)
-        return result
+        n, n_slots = self.seat.shape
+        rooms = [sum(room) for room in self.capacity]
+        by_seat, by_host = data.split([4 * sum(rooms), 2 * n * n_slots])
+        columns = by_seat.view(4, sum(rooms)).split(rooms, dim=1)
+        seat, mode = by_host.view(2, n_slots, n)
+        return [Seats(room, *part, *own) for room, part, *own in zip(self.capacity, columns, seat, mode, strict=True)]
+
+    def hosts(self, data: Tensor) -> Tensor:
+        """The host on every seat of all slots, one slot after the other; 0 on free seats. A view of `data`."""
+        return data[: sum(map(sum, self.capacity))]
+
+    def members(self, slot: int) -> list[Tensor]:
+        """The hosts on a slot's seats by blueprint, in the order of seats."""
+        hosts = (self.seat[:, slot] >= 0).nonzero().squeeze(1)
+        seats = self.seat[hosts, slot]
+        ends = torch.tensor(self.capacity[slot]).cumsum(0)
+        kind = torch.bucketize(seats, ends, right=True)
+        return [hosts[kind == b] for b in range(len(ends))]
 
 
 def seat_plan(table: Table, capacity: Capacity, device: torch.device) -> Seating:
-    """Give every seed of the plan a seat."""
-    n, n_slots = table.blueprint.shape
-    members, data = [], []
-    seats = torch.full((n, n_slots), -1, dtype=torch.int64)
-    for j, room in enumerate(capacity):
-        groups = tuple((table.blueprint[:, j] == b).nonzero().squeeze(1) for b in range(len(room)))
-        source, active = fill(groups, room)
-        seats[source[active > 0], j] = active.nonzero().squeeze(1)
-        members.append(groups)
-        data += [source, active, active * table.gated[source, j], active * ~table.frozen[source, j]]
-        data += [seats[:, j], table.mode[:, j]]
-    return Seating(capacity, tuple(members), seats, upload(torch.cat(data), device))
+    """Give every seed of the plan a seat; those of one blueprint sit in the order of their hosts."""
+    rooms = torch.tensor(capacity)
+    first = rooms.cumsum(1) - rooms
+    of_kind = table.blueprint[..., None] == torch.arange(rooms.shape[1])
+    seat = (of_kind * (first + of_kind.cumsum(0))).sum(2) - 1
+
+    hosts, slots = (seat >= 0).nonzero(as_tuple=True)
+    before = rooms.sum(1).cumsum(0) - rooms.sum(1)
+    taken = torch.ones_like(hosts)
+    values = torch.stack([hosts, taken, taken * table.gated[hosts, slots], taken * ~table.frozen[hosts, slots]])
+    by_seat = torch.zeros(4, int(rooms.sum()), dtype=torch.int64)
+    by_seat[:, before[slots] + seat[hosts, slots]] = values
+    data = torch.cat([by_seat.flatten(), seat.T.flatten(), table.mode.T.flatten()])
+    return Seating(capacity, seat, upload(data, device))
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -119,7 +119,7 @@ class StackedExecutor(base.Roomless):
             decay = decay.masked_fill(rows < n, self.spec.host_weight_decay)
         else:
             held, rows, columns, decay = alike.layout, alike.rows, alike.columns, alike.decay
-        owner = _by_row(torch.arange(n, device=self.device), [s.source for s in seating.slots(seating.data)])
+        owner = torch.cat([torch.arange(n, device=self.device), seating.hosts(seating.data)])
         address = addresses(owner, rows, columns, self.spec.bank.width)
         return Training(
             table=table,
@@ -292,8 +292,8 @@ class StackedExecutor(base.Roomless):
         result["host_norm"][:] = torch.stack(leaves(norms["host"])).norm(dim=0)
         for j, slot in enumerate(self.spec.slots):
             first = 0
-            for b, room in enumerate(carry.seating.capacity[j]):
-                rows = carry.seating.members[j][b]
+            members = carry.seating.members(j)
+            for b, (rows, room) in enumerate(zip(members, carry.seating.capacity[j], strict=True)):
                 if rows.numel():
                     seeds, count = norms["slots"][slot], rows.numel()
                     body = torch.stack([v[:count] for v in leaves(seeds["body"][self.spec.blueprints[b]])])

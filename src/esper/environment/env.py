@@ -282,7 +282,7 @@ class GrowthEnv(EnvBase):
             {
                 "observation": observe(records, state["tracker"], settings),
                 **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
-                "key": k.fold(keys, Purpose.POLICY, state["epoch"]),
+                "key": k.fold(keys, Purpose.POLICY, int(state["epoch"])),
                 "is_init": is_init,
                 "components": state["components"],
             },

@@ -98,8 +98,7 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
     mean = torch.where(known, losses, 0.0).sum(1) / n
     spread = (torch.where(known, losses - mean[:, None], 0.0).square().sum(1) / n).sqrt()
     enough = count >= settings.min_history
-    mean = torch.where(enough, mean, torch.full_like(mean, guess))
-    spread = torch.where(enough, spread, torch.zeros_like(spread))
+    mean, spread = mean.masked_fill(~enough, guess), spread.masked_fill(~enough, 0.0)
     threshold = torch.maximum(mean + settings.sensitivity * spread, settings.multiplier * mean)
     threshold = threshold.clamp(min=settings.absolute)
 
@@ -107,11 +106,10 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
     guessing = enough & (mean < _TRAINED * guess) & ((loss - guess).abs() < _GUESS_TOLERANCE * guess)
     absurd = finite & (loss > threshold)
     normal = finite & ~guessing & ~absurd
-    consecutive = torch.where(absurd, governor["consecutive"] + 1, torch.full_like(count, settings.min_panics))
-    consecutive = torch.where(normal, torch.zeros_like(count), consecutive)
+    consecutive = (governor["consecutive"] + 1).masked_fill(~absurd, settings.min_panics).masked_fill(normal, 0)
     reason = torch.full_like(count, Reason.NOT_FINITE)
     for found, code in ((absurd, Reason.ABSURD_LOSS), (guessing, Reason.GUESSING), (normal, Reason.NORMAL)):
-        reason = torch.where(found, torch.full_like(reason, code), reason)
+        reason = reason.masked_fill(found, code)
     longer = torch.cat([losses[:, 1:], loss[:, None]], dim=1)
     judged = changed(
         governor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
@@ -17,22 +19,22 @@ GATED = BLENDS.index("gated")
 SIGMOID = BLENDS.index("sigmoid")
 
 
-def _logistic(x: Tensor | float) -> Tensor:
-    return torch.sigmoid(torch.as_tensor(x, dtype=torch.float64))
-
-
 def ramp(step: Tensor, total: int, blend: Tensor) -> Tensor:
-    """Alpha after `step` of `total` blending epochs; exactly 0 at step 0 and exactly 1 at the last.
+    """Alpha after `step` (int64) of `total` blending epochs; exactly 0 at step 0 and exactly 1 at the last.
 
     Linear and gated blends rise in a straight line; the sigmoid of steepness 12 is rescaled so that it meets both ends
     (the raw curve stops at 0.9975). Shapes of `step` and `blend` broadcast; float32.
     """
-    progress = (step.to(torch.float64) / max(1, total)).clamp(0.0, 1.0)
-    low, high = _logistic(-_STEEPNESS / 2), _logistic(_STEEPNESS / 2)
-    curve = (torch.sigmoid(_STEEPNESS * (progress - 0.5)) - low.to(progress.device)) / (high - low).to(progress.device)
-    alpha = torch.where(blend == SIGMOID, curve, progress)
-    alpha = torch.where(progress >= 1.0, torch.ones_like(alpha), alpha)
-    return torch.where(progress <= 0.0, torch.zeros_like(alpha), alpha).to(torch.float32)
+    alphas = _ramps(max(1, total)).to(step.device)
+    return alphas[(blend == SIGMOID).long(), step.clamp(0, alphas.shape[1] - 1)]
+
+
+@cache
+def _ramps(total: int) -> Tensor:
+    """Alpha after every step, `[2, total + 1]`: along the straight line, along the sigmoid."""
+    progress = torch.arange(total + 1, dtype=torch.float64) / total
+    curve = torch.sigmoid(_STEEPNESS * (progress - 0.5))
+    return torch.stack([progress, (curve - curve[0]) / (curve[-1] - curve[0])]).to(torch.float32)
 
 
 def gate_init(keys: Tensor, channels: int, dtype: torch.dtype) -> TensorDict:

@@ -1,8 +1,7 @@
-"""Memory: running out of it, said in terms of what can be changed, and when it is collected."""
+"""Running out of memory, said in terms of what can be changed."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,16 +29,3 @@ def _out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return "DefaultCPUAllocator" in text or "out of memory" in text
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Within the block nothing is collected: collecting an old recording while a new one is made would be an illegal
-    operation inside it."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()

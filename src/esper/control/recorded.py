@@ -11,7 +11,7 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import exploration_type
 
 from esper.control.policy import GREEDY, RecurrentPolicy
-from esper.memory import uncollected
+from esper.recording import recorded
 
 
 class _Program(NamedTuple):
@@ -55,14 +55,10 @@ class RecordedPolicy(TensorDictModuleBase):
 
     def _record(self, td: TensorDictBase) -> _Program:
         inputs: TensorDict = td.select(*self.in_keys).clone()
-        graph = torch.cuda.CUDAGraph()
-        device = inputs["observation"].device
-        with torch.cuda.device(device), torch.no_grad():
-            # Libraries and constants load when they are first needed.
-            self.policy(inputs.clone(recurse=False))
-            torch.cuda.synchronize()
-            # Torch's own stream for recordings belongs to the first device that recorded anything.
-            stream = torch.cuda.Stream(device)
-            with uncollected(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = self.policy(inputs.clone(recurse=False)).select(*self.out_keys)
+
+        def step() -> TensorDict:
+            return self.policy(inputs.clone(recurse=False)).select(*self.out_keys)
+
+        with torch.no_grad():
+            graph, outputs = recorded(step, inputs["observation"].device)
         return _Program(graph, inputs, outputs)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from esper.control.policy import RecurrentPolicy
 from esper.learn.losses import LOSSES, FactoredPPOLoss
 from esper.learn.update import Checks, Evaluation, PPOSettings, checks, eager_gradients, gradients_of, ppo_loss
-from esper.memory import uncollected
+from esper.recording import recorded
 
 MAX_PROGRAMS = 4
 """Recordings that are kept. A run has rows of one size, or of two where minibatches differ by a host."""
@@ -101,13 +101,5 @@ def _record(policy: RecurrentPolicy, rows: TensorDictBase, settings: PPOSettings
     entropy_coef = torch.zeros((), device=device)
     loss = ppo_loss(policy, settings, entropy_coef)
     inputs: TensorDict = rows.select(*loss.in_keys).clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        # Libraries and constants load when they are first needed.
-        differentiated(loss, inputs)
-        torch.cuda.synchronize()
-        # Torch's own stream for recordings belongs to the first device that recorded anything.
-        stream = torch.cuda.Stream(device)
-        with uncollected(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            results = differentiated(loss, inputs)
+    graph, results = recorded(partial(differentiated, loss, inputs), device)
     return _Program(graph, loss, inputs, entropy_coef, results)

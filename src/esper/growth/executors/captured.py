@@ -28,7 +28,7 @@ from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import leaves, tree_map
 from esper.hosts.base import Tree
-from esper.memory import uncollected
+from esper.recording import uncollected
 
 Pool = Any
 """A handle of memory that recordings share."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from esper import __version__
+from esper.checkpoint.beside import Marks, beside, marked
 from esper.checkpoint.snapshot import (
     Manifest,
     Snapshot,
@@ -38,16 +39,16 @@ def versions() -> dict[str, str]:
 class CheckpointStore:
     """Saves snapshots of a run in `run_dir/checkpoints`; use as a context manager, which starts and ends its thread.
 
-    A snapshot is a value, so `save` only keeps it: the thread copies, hashes and writes it while the run goes on. While
-    a snapshot waits for its turn, a newer one takes its place. The newest `KEEP_LAST` stay, and the one with the best
-    score.
+    A snapshot is a value, so `save` only keeps it: the thread copies, hashes and writes it while the run goes on, on
+    GPUs too. While a snapshot waits for its turn, a newer one takes its place. The newest `KEEP_LAST` stay, and the one
+    with the best score.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
         self.folder = run_dir / FOLDER
         self._about = {"versions": versions(), "config": dict(config), "groups": groups}
         self._changed = threading.Condition()
-        self._pending: Snapshot | None = None
+        self._pending: tuple[Snapshot, Marks] | None = None
         self._busy = self._closed = False
         self._failure: OSError | None = None
         self._written: int | None = None
@@ -55,9 +56,10 @@ class CheckpointStore:
 
     def save(self, snapshot: Snapshot) -> None:
         """Have `snapshot` written soon; returns at once. Raises RunStopped if an earlier one could not be written."""
+        given = snapshot, marked(snapshot.parts.values())
         with self._changed:
             self._check()
-            self._pending = snapshot
+            self._pending = given
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -89,14 +91,15 @@ class CheckpointStore:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None or self._closed)
-                snapshot, self._pending = self._pending, None
-                if snapshot is None:
+                given, self._pending = self._pending, None
+                if given is None:
                     return
                 self._busy = True
-            failure = None
+            failure, (snapshot, marks) = None, given
             try:
                 if snapshot.step != self._written:
-                    write_snapshot(self.folder, snapshot, self._about)
+                    with beside(marks):
+                        write_snapshot(self.folder, snapshot, self._about)
                     prune(self.folder)
                     self._written = snapshot.step
             except OSError as error:

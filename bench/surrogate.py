@@ -31,7 +31,7 @@ from esper.growth.executors import base
 from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.learn.collector import BatchFirstCollector
-from esper.run import build_learner
+from esper.run import acting, build_learner
 from esper.seeds.gates import in_stage
 from esper.seeds.stages import BLENDED
 
@@ -164,7 +164,8 @@ def learn(rollouts: int, hosts: int, **fields: Any) -> list[dict[str, float]]:
     last: list[TensorDict] = []
     env.observer = lambda result: last.__setitem__(slice(None), [result])
     rows = []
-    for i, rollout in enumerate(BatchFirstCollector(env, policy, rollouts=rollouts)):
+    who = acting(config, env, policy, learner)
+    for i, rollout in enumerate(BatchFirstCollector(env, who, rollouts=rollouts)):
         if learner is not None:
             learner.learn(rollout)
         end, prices = last[0], env.settings.reward

@@ -58,6 +58,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "param_budget": (77, {}),
     "param_penalty_weight": (0.3, {}),
     "sparse_reward_scale": (2.0, {}),
+    "imitation_rollouts": (2, {"schedule": [PLANT], "imitation_rollouts": 1}),
     "lr": (1e-3, {}),
     "clip_ratio": (0.1, {}),
     "gamma": (0.9, {}),
@@ -126,6 +127,7 @@ def built(config: TrainingConfig) -> dict[str, str]:
         shapes = {name: tuple(p.shape) for name, p in controller.named_parameters()}
         parts |= {"policy": shapes, "floors": controller.floors, "learner": learner.settings}
         parts["first biases"] = controller.heads["op"][-1].bias.tolist()
+        parts["imitation"] = learner.imitation
         parts["lr"] = [group["lr"] for group in learner.optimizer.param_groups]
     else:
         observation = env.reset()

@@ -179,7 +179,8 @@ class Fields(BaseModel):
     controller: Literal["ppo", "heuristic", "random", "never", "schedule"] = "ppo"
     """Who decides what grows."""
     schedule: Annotated[tuple[ScheduleStep, ...], AsTuple] = ()
-    """What the schedule controller does, at most one step per epoch."""
+    """What the schedule controller does, at most one step per epoch; or what ppo imitates at first, each step as soon
+    as it is possible."""
     use_telemetry: bool = True
     """Let the controller see ten measurements per slot: 80 features instead of 50."""
     contribution_scale: Annotated[float, Field(gt=0, le=100)] = 10.0
@@ -202,6 +203,8 @@ class Fields(BaseModel):
     """Factor on the sparse and minimal rewards."""
 
     # how the controller learns
+    imitation_rollouts: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Rollouts at the start in which the schedule acts and the policy learns to act like it."""
     lr: Positive = 3e-4
     """Learning rate of the policy."""
     clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2

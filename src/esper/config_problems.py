@@ -193,13 +193,20 @@ def _devices(config: Fields) -> Iterator[Finding]:
 def _steps(config: Fields) -> Iterator[Finding]:
     if config.controller == "schedule" and not config.schedule:
         yield Finding("schedule", [], "the schedule controller needs at least one step", ("controller",))
-    if config.controller != "schedule" and config.schedule:
-        legal = f"only the schedule controller follows one, not {config.controller}; use []"
-        yield Finding("schedule", [step.model_dump() for step in config.schedule], legal, ("controller",))
+    imitation = config.imitation_rollouts
+    if imitation and config.controller != "ppo":
+        legal = f"only ppo imitates, not {config.controller}; use 0"
+        yield Finding("imitation_rollouts", imitation, legal, ("controller",))
+    elif imitation and not config.schedule:
+        yield Finding("imitation_rollouts", imitation, "there is no schedule to imitate; use 0", ("schedule",))
+    if config.controller != "schedule" and config.schedule and not imitation:
+        legal = f"only the schedule controller follows one, not {config.controller} without imitation_rollouts; use []"
+        depends = ("controller", "imitation_rollouts")
+        yield Finding("schedule", [step.model_dump() for step in config.schedule], legal, depends)
     taken: set[int] = set()
     for index, step in enumerate(config.schedule):
         place = f"schedule[{index}]"
-        if step.epoch in taken:
+        if step.epoch in taken and config.controller == "schedule":
             yield Finding(f"{place}.epoch", step.epoch, "one step per epoch")
         taken.add(step.epoch)
         if step.slot not in config.slots:

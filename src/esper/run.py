@@ -23,6 +23,9 @@ from esper.checkpoint.store import CheckpointStore, find, forget_after
 from esper.config import TrainingConfig
 from esper.control.policy import RecurrentPolicy
 from esper.control.recorded import RecordedPolicy
+from esper.control.scripted import ScriptedPolicy
+from esper.control.simple import patient_schedule
+from esper.control.taught import TaughtPolicy
 from esper.engine import Engine, Progress, observer
 from esper.environment.env import GrowthEnv, Observer
 from esper.errors import InputError, RunStopped
@@ -63,7 +66,28 @@ def build_learner(config: TrainingConfig, policy: RecurrentPolicy) -> Learner:
     optimizer = Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=device.type == "cuda")
     # Beside the weights from the start: a GPU divides by a number on the CPU in another way than by one of its own.
     rewards = reward_scale().to(device)
-    return Learner(policy, optimizer, rewards, settings, k.root(config.seed), config.contribution_scale)
+    return Learner(
+        policy,
+        optimizer,
+        rewards,
+        settings,
+        k.root(config.seed),
+        config.contribution_scale,
+        imitation=config.imitation_rollouts,
+    )
+
+
+def acting(
+    config: TrainingConfig, env: GrowthEnv, controller: RecurrentPolicy | ScriptedPolicy, learner: Learner | None
+) -> RecordedPolicy | ScriptedPolicy | TaughtPolicy:
+    """Who acts in a run's rollouts: the controller, or at first the schedule that it imitates."""
+    if isinstance(controller, ScriptedPolicy) or learner is None:
+        return controller
+    policy = RecordedPolicy(controller)
+    if config.imitation_rollouts == 0:
+        return policy
+    teacher = patient_schedule(config.schedule, env.spec.blueprints, env.spec.rules.max_epochs)
+    return TaughtPolicy(policy, ScriptedPolicy(teacher), lambda: learner.imitates)
 
 
 def train(
@@ -129,7 +153,7 @@ def _engine(config: TrainingConfig, events: EventLog, progress: Progress, watch:
     env.observer = all_observe
     controller = build_controller(config, env)
     learner = build_learner(config, controller) if isinstance(controller, RecurrentPolicy) else None
-    policy = RecordedPolicy(controller) if isinstance(controller, RecurrentPolicy) else controller
+    policy = acting(config, env, controller, learner)
     collector = BatchFirstCollector(env, policy, rollouts=-(-config.n_episodes // config.n_envs))
     return Engine(config, env, collector, learner, book, events)
 

@@ -141,6 +141,17 @@ def test_twins_are_taken_up_again(tmp_path: Path) -> None:
         same_end(reference, folder, *resume(folder, **fields))
 
 
+def test_imitation_is_taken_up_again(tmp_path: Path) -> None:
+    """Within a teacher's rollout, and after it, when what the teacher remembers is only carried on."""
+    steps = [{"epoch": 1, "op": "germinate", "slot": "early", "blueprint": "norm", "blend": "linear"}]
+    fields = {**SMALL, "schedule": steps, "imitation_rollouts": 1}
+    reference = Reference(tmp_path / "reference", **fields)
+    assert [e["epoch"] for e in reference.events if e["type"] == "germinated" and e["episode"] == 0] == [1] * HOSTS
+    for cut in (2, EPOCHS + 2):
+        folder = reference.cut(cut, tmp_path / f"run-{cut}")
+        same_end(reference, folder, *resume(folder, **fields))
+
+
 def test_the_cut_points_have_seeds_moments_and_statistics(reference: Reference) -> None:
     """What makes the test above a test: the states that were cut hold something of everything."""
     snapshot = reference.moments[CUTS["within an episode with grown hosts"]][1]()

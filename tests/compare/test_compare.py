@@ -31,6 +31,7 @@ from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, random_legal
 from esper.data.family import draws
 from esper.errors import InputError
+from esper.events import load
 from esper.growth.flops import FLOPS, TRAINING
 from esper.growth.plan import Mode, SlotPlan
 from esper.hosts.cnn import CNNHost
@@ -42,6 +43,7 @@ from esper.seeds.stages import Stage
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "compare" / "smoke.json"
+GRID = {"kind": "schedule", "grid": {"slots": ["mid"], "blueprints": ["conv_light", "norm"]}}
 ROWS = ["never", "random", "heuristic", "schedule", "ppo-greedy", "ppo-sampled", "static-final", "static-equal"]
 
 
@@ -313,6 +315,25 @@ def test_the_operations_of_a_training_include_its_twins(tmp_path: Path) -> None:
     assert widths == {"plain": True, "twin": True, "narrow": False}
 
 
+def test_a_controller_may_imitate_the_schedule_that_was_chosen(tmp_path: Path) -> None:
+    """Its first rollout is the schedule's, and what it cost to find that counts."""
+    learner = {"kind": "ppo", "episodes": 4, "hosts": 2}
+    taught = {**learner, "name": "taught", "imitates": "schedule", "learning": {"imitation_rollouts": 1}}
+    with tiny_task():
+        training = {"task": "tiny", "slots": ["early", "mid"], "max_epochs": 3, "gates": "permissive"}
+        config = comparison(training=training, arms=[{"kind": "never"}, GRID, taught, learner])
+        judged = Bench(CompareConfig.from_dict(config), tmp_path, lambda text: None)
+        list(arms.run_arms(judged))
+    (planted, _) = judged.rows["schedule"].chosen["steps"]
+    events = [e for e in load(tmp_path / "taught") if e["type"] == "germinated" and e["episode"] == 0]
+    assert [(e["epoch"], e["slot"], e["data"]["blueprint"]) for e in events] == [
+        (planted["epoch"], planted["slot"], planted["blueprint"])
+    ] * 2
+    search = {name: judged.rows[name].search for name in ("schedule", "taught-greedy")}
+    spent = json.loads((tmp_path / "taught" / "flops.jsonl").read_text().splitlines()[-1])["flops"]
+    assert search["taught-greedy"] > spent + search["schedule"] > search["schedule"] > 0
+
+
 def test_a_stopped_comparison_goes_on_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training is interrupted in the middle of its second rollout of three; resumed, every number is as if nothing
     had happened, what the training cost included."""
@@ -469,6 +490,9 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"seed": 1}}]}, r"learning.seed: 1: must be one of"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"lr": -1.0}}]}, r"learning.lr: -1.0: must be"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "run": "r", "learning": {"lr": 0.1}}]}, "means nothing"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "run": "r", "imitates": "never"}]}, "means nothing"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "imitates": "never"}]}, "must be a schedule before it"),
+        ({"arms": [{"kind": "never"}, GRID, {"kind": "ppo", "imitates": "schedule"}]}, "at least 1 to imitate"),
     ],
 )
 def test_a_configuration_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ from esper.compare.config import (
 )
 from esper.compare.play import costs_of
 from esper.compare.widen import widened
-from esper.config import TrainingConfig, read_json
+from esper.config import ScheduleStep, TrainingConfig, read_json
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
@@ -142,10 +142,14 @@ def _schedule(bench: Bench, arm: Schedule, name: str) -> None:
 def _ppo(bench: Bench, arm: Ppo) -> None:
     shared, search, learning = bench.config.shared, None, None
     if arm.run is None:
-        training = ppo_training(arm, shared)
+        teacher = None if arm.imitates is None else bench.rows[arm.imitates]
+        steps = [] if teacher is None else [ScheduleStep(**step) for step in teacher.chosen["steps"]]
+        training = ppo_training(arm, shared, steps)
         if bench.host_lr is not None:
             training = training.replace(host_lr=bench.host_lr)
         run_dir, search = bench.out / (arm.name or arm.kind), _trained(bench, arm, training)
+        # Whom it imitates had to be found first.
+        search += teacher.search if teacher is not None and teacher.search is not None else 0
     else:
         run_dir = Path(arm.run)
         training = _given(run_dir, shared)

@@ -21,6 +21,7 @@ OBSERVATION = ("use_telemetry", "contribution_scale")
 """Those of `LEARNING` that say what a controller sees."""
 LEARNING = (
     *OBSERVATION,
+    "imitation_rollouts",
     "lstm_hidden_dim",
     "reward_family",
     "reward_mode",
@@ -133,6 +134,8 @@ class Ppo(_Arm):
     """Hosts side by side while training."""
     learning: dict[str, Any] = {}
     """How it learns, where that differs from the shared training fields."""
+    imitates: str | None = None
+    """A row before it, of a schedule that acts in the first `imitation_rollouts` of its training."""
     run: Annotated[str, Field(min_length=1)] | None = None
     """Directory of a finished run whose last checkpoint is evaluated instead of training one."""
 
@@ -231,9 +234,13 @@ def points_of(arm: Schedule, training: TrainingConfig) -> tuple[Point, ...]:
     return (*arm.points, *(() if arm.grid is None else grid_points(arm.grid, training)))
 
 
-def ppo_training(arm: Ppo, training: TrainingConfig) -> TrainingConfig:
-    """The training that gives an arm its controller. Raises ConfigError for fields that do not fit."""
-    return training.replace(controller="ppo", n_envs=arm.hosts, n_episodes=arm.episodes, **arm.learning)
+def ppo_training(arm: Ppo, training: TrainingConfig, taught: Iterable[ScheduleStep] = ()) -> TrainingConfig:
+    """The training that gives an arm its controller; `taught` is the schedule that it imitates at first. Raises
+    ConfigError for fields that do not fit."""
+    schedule = [step.model_dump() for step in taught]
+    return training.replace(
+        controller="ppo", schedule=schedule, n_envs=arm.hosts, n_episodes=arm.episodes, **arm.learning
+    )
 
 
 def _line(item: Any) -> str:
@@ -254,6 +261,7 @@ def _problems(config: CompareConfig) -> Iterator[str]:
     if training.collector.backend != "local":
         yield f"training.collector.backend: {training.collector.backend!r}: comparisons run in one process; use 'local'"
     known: list[str] = []
+    schedules: dict[str, Schedule] = {}
     for i, arm in enumerate(config.arms):
         place = f"arms[{i}]"
         for row in arm.rows:
@@ -265,8 +273,9 @@ def _problems(config: CompareConfig) -> Iterator[str]:
             yield f"{place}: static-equal: there is no one host to widen where family.width draws; leave the arm out"
         if isinstance(arm, Schedule):
             yield from _schedule(arm, training, place)
+            schedules[arm.rows[0]] = arm
         if isinstance(arm, Ppo):
-            yield from _ppo(arm, training, place)
+            yield from _ppo(arm, training, schedules, place)
         known += arm.rows
 
 
@@ -289,14 +298,24 @@ def _schedule(arm: Schedule, training: TrainingConfig, place: str) -> Iterator[s
     yield from sorted(found)
 
 
-def _ppo(arm: Ppo, training: TrainingConfig, place: str) -> Iterator[str]:
-    if arm.run is not None and arm.learning:
-        yield f"{place}.learning: {arm.learning!r}: means nothing for a run that has finished; leave it out"
+def _ppo(arm: Ppo, training: TrainingConfig, schedules: Mapping[str, Schedule], place: str) -> Iterator[str]:
+    for name in ("learning", "imitates"):
+        if arm.run is not None and getattr(arm, name):
+            yield f"{place}.{name}: {getattr(arm, name)!r}: means nothing for a run that has finished; leave it out"
+    taught: Point = ()
+    if arm.imitates is not None:
+        if arm.imitates not in schedules:
+            legal = f"must be a schedule before it: {', '.join(schedules) or 'there is none'}"
+            yield f"{place}.imitates: {arm.imitates!r}: {legal}"
+            return
+        if not arm.learning.get("imitation_rollouts"):
+            yield f"{place}.learning.imitation_rollouts: must be at least 1 to imitate {arm.imitates!r}"
+            return
+        taught = next(iter(points_of(schedules[arm.imitates], training)), ())
     for name in sorted(set(arm.learning) - set(LEARNING)):
         yield f"{place}.learning.{name}: {arm.learning[name]!r}: must be one of {', '.join(LEARNING)}"
+    known = {name: value for name, value in arm.learning.items() if name in LEARNING}
     try:
-        ppo_training(
-            arm.model_copy(update={"learning": {n: v for n, v in arm.learning.items() if n in LEARNING}}), training
-        )
+        ppo_training(arm.model_copy(update={"learning": known}), training, taught)
     except ConfigError as error:
         yield from (f"{place}.learning.{problem}" for problem in error.problems)

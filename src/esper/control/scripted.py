@@ -22,8 +22,9 @@ class ScriptedPolicy(TensorDictModuleBase):
         super().__init__()
         self.controller = controller
         self.carried = sorted(controller.init(1).keys())
-        self.in_keys = [*_SEEN, *(_PREFIX + name for name in self.carried)]
-        self.out_keys = ["action", *(("next", _PREFIX + name) for name in self.carried)]
+        self.carry_keys = [_PREFIX + name for name in self.carried]
+        self.in_keys = [*_SEEN, *self.carry_keys]
+        self.out_keys = ["action", *(("next", key) for key in self.carry_keys)]
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Write `action` int64 `[N, 4]` and the carry of the next step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -21,8 +21,9 @@ from esper.learn.update import PPOSettings, UpdateObserver, entropy_coefficient,
 
 @dataclass
 class Learner:
-    """`contribution_scale` is that of the observations, in percentage points; `rollouts` counts updates and keys their
-    draws; `refused` counts the latest in a row that were not finite; `gradients` keeps what was recorded of them."""
+    """`contribution_scale` is that of the observations, in percentage points; the first `imitation` rollouts are those
+    of a teacher; `rollouts` counts updates and keys their draws; `refused` counts the latest in a row that were not
+    finite; `gradients` keeps what was recorded of them."""
 
     policy: RecurrentPolicy
     optimizer: Optimizer
@@ -30,13 +31,20 @@ class Learner:
     settings: PPOSettings
     key: torch.Tensor
     contribution_scale: float
+    imitation: int = 0
     rollouts: int = 0
     refused: int = 0
     gradients: RecordedGradients = field(default_factory=RecordedGradients, repr=False)
 
+    @property
+    def imitates(self) -> bool:
+        """Whether the next rollout to learn from is a teacher's."""
+        return self.rollouts < self.imitation
+
     def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
-        while it was collected; both statistics then learn from it, once.
+        while it was collected; both statistics then learn from it, once. Of a teacher's rollout the policy learns the
+        actions, and what they were worth.
 
         An update in which anything is not finite is refused as a whole: weights, moments and statistics stay as they
         were, `non_finite/<source>` in the metrics says why, and the next rollout tries again. `observer` looks on.
@@ -46,11 +54,18 @@ class Learner:
         raw = rollout["next", "reward"].squeeze(-1)
         scaled = rollout.copy()
         scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)
+        settings = self.settings
+        if self.imitates:
+            # However far that is from what the policy would have done.
+            settings = replace(settings, imitate=True, target_kl=None)
+            with torch.no_grad():
+                actions, _ = self.policy.evaluate(rollout)
+                scaled["action_log_prob"] = actions.head_terms(rollout["action"]).log_prob
         metrics = ppo_update(
             self.policy,
             self.optimizer,
             scaled,
-            self.settings,
+            settings,
             entropy_coef=entropy_coefficient(self.rollouts * self.settings.ppo_updates_per_batch, self.settings),
             key=k.fold(self.key, Purpose.MINIBATCH, self.rollouts),
             observer=observer,

@@ -31,6 +31,7 @@ def factored_clip_objective(
     value_coef: float,
     entropy_coef: float | Tensor,
     entropy_weights: Tensor | None = None,
+    imitate: bool = False,
 ) -> dict[str, Tensor]:
     """The three losses and what to know about them; minimise the sum of the losses.
 
@@ -42,7 +43,8 @@ def factored_clip_objective(
         loss_entropy   = - entropy_coef sum_h w_h mean_h H_h
 
     where `value_clip` None leaves only (V - R)^2, `entropy_coef` is a number or a tensor `[]`, and `entropy_weights`
-    `[4]` default to one. A head relevant nowhere contributes 0. Detached diagnostics: `kl`, `clip_fraction`,
+    `[4]` default to one. With `imitate` the objective is - sum_h mean_h log_prob_h instead: to act as was acted,
+    whatever came of it. A head relevant nowhere contributes 0. Detached diagnostics: `kl`, `clip_fraction`,
     `ratio_max`, `ratio_min`, `entropy` `[4]` over relevant steps, `relevant` `[4]` the share of such steps, and
     `kl_joint`, the estimate mean sum_h (r_h - 1 - ln r_h) of the divergence of the joint policy (a rare head counts by
     its frequency).
@@ -54,8 +56,11 @@ def factored_clip_objective(
 
     log_ratio = torch.where(relevant, log_prob - log_prob_old, 0.0)
     ratio = log_ratio.exp()
-    gain = advantage.unsqueeze(-1)
-    surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * gain)
+    if imitate:
+        surrogate = log_prob
+    else:
+        gain = advantage.unsqueeze(-1)
+        surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * gain)
     error = (value - value_target).square()
     if value_clip is not None:
         near = value_old + (value - value_old).clamp(-value_clip, value_clip)
@@ -113,9 +118,11 @@ class FactoredPPOLoss(LossModule):
         value_coef: float = 0.5,
         entropy_coef: float | Tensor = 0.05,
         entropy_weights: Tensor | None = None,
+        imitate: bool = False,
     ) -> None:
         super().__init__()
         self.actor_network = policy
+        self.imitate = imitate
         self.clip_ratio, self.value_clip, self.value_coef = clip_ratio, value_clip, value_coef
         self.entropy_coef, self.entropy_weights = entropy_coef, entropy_weights
 
@@ -147,5 +154,6 @@ class FactoredPPOLoss(LossModule):
             value_coef=self.value_coef,
             entropy_coef=self.entropy_coef,
             entropy_weights=self.entropy_weights,
+            imitate=self.imitate,
         )
         return TensorDict(values, batch_size=[])

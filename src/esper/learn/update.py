@@ -45,7 +45,8 @@ class UpdateObserver(Protocol):
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """How a policy learns from a rollout. Units: rewards and values in units of the reward normaliser."""
+    """How a policy learns from a rollout: to act better, or with `imitate` to act like whoever acted in it. Units:
+    rewards and values in units of the reward normaliser."""
 
     ppo_updates_per_batch: int = 4
     minibatches: int = 1
@@ -62,6 +63,7 @@ class PPOSettings:
     entropy_coef_min: float = 0.01
     entropy_anneal_steps: int = 0
     entropy_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # of the heads, in the order of HEADS
+    imitate: bool = False
 
 
 class Checks(NamedTuple):
@@ -154,6 +156,7 @@ def ppo_loss(policy: RecurrentPolicy, settings: PPOSettings, entropy_coef: float
         value_coef=settings.value_coef,
         entropy_coef=entropy_coef,
         entropy_weights=torch.tensor(settings.entropy_weights, device=device),
+        imitate=settings.imitate,
     )
 
 

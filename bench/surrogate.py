@@ -1,6 +1,6 @@
 """What a controller learns when growing pays for certain: PPO on hosts whose accuracy is a formula.
 
-    python bench/surrogate.py            # two ways to end an episode; about a quarter of an hour on two cores
+    python bench/surrogate.py            # two ways to end an episode, one to begin; a quarter of an hour on two cores
     python bench/surrogate.py --smoke    # seconds
 
 Lifecycle, masks, observation, reward, twins and learner are the project's own; only training and scoring are replaced,
@@ -185,6 +185,8 @@ SCHEDULE = [
     {"epoch": 7, "op": "fossilize", "slot": "early"},
     {"epoch": 8, "op": "fossilize", "slot": "mid"},
 ]
+IMITATION = 4
+"""Rollouts in which the schedule acts and the policy learns to act like it."""
 
 
 def main() -> None:
@@ -200,6 +202,7 @@ def main() -> None:
         "schedule": (1, {"controller": "schedule", "schedule": SCHEDULE}),
         "terminal": (rollouts, {"episode_end": "terminal"}),
         "truncated": (rollouts, {"episode_end": "truncated"}),
+        "imitated": (rollouts, {"episode_end": "terminal", "schedule": SCHEDULE, "imitation_rollouts": IMITATION}),
     }
     found = {}
     for name, (count, fields) in arms.items():

@@ -126,12 +126,14 @@ def test_the_surrogate_learns_in_both_ways_to_end_an_episode(monkeypatch: pytest
         "schedule": 1,
         "terminal": 2,
         "truncated": 2,
+        "imitated": 2,
     }
     assert found["never"][0]["return"] == 0.0  # the twin does the same
     assert found["schedule"][0]["grown"] > 0.0
     assert found["schedule"][0]["objective"] > found["never"][0]["objective"]
     assert found["terminal"][0] == found["truncated"][0]
     assert found["terminal"][1] != found["truncated"][1]
+    assert found["imitated"][0]["grown"] == found["schedule"][0]["grown"]
 
 
 def test_predictions_are_those_of_a_regression_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

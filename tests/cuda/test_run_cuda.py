@@ -51,6 +51,14 @@ def test_hosts_of_a_family_grow_on_the_gpu(tmp_path) -> None:
     assert summary["seeds_planted"] > 0
 
 
+def test_a_policy_on_the_gpu_imitates_a_schedule(tmp_path) -> None:
+    schedule = [{"epoch": 1, "op": "germinate", "slot": "early", "blueprint": "norm", "blend": "linear"}]
+    fields = {"schedule": schedule, "imitation_rollouts": 1, "devices": ["cuda:0"], "device": "cuda:0"}
+    _, events = run(tmp_path / "a", max_epochs=4, **fields)
+    planted = [(e["epoch"], e["slot"]) for e in events if e["type"] == "germinated" and e["episode"] == 0]
+    assert planted == [(1, "early")] * 4
+
+
 def test_the_policy_may_live_on_the_gpu(tmp_path) -> None:
     summary, _ = run(tmp_path / "a", devices=["cuda:0"], device="cuda:0", n_episodes=4, max_epochs=4)
     assert summary["env_epochs"] == 16

@@ -503,7 +503,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, nargs="+", default=[32])
     parser.add_argument("--models", nargs="+", choices=list(HOSTS), default=list(HOSTS), help="for check and steps")
     parser.add_argument("--amp", nargs="+", default=["off", "bf16"])
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of an episode of whole runs")
+    parser.add_argument("--epochs", type=int, default=25, help="epochs of an episode of whole runs")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file")
     parser.add_argument("--smoke", action="store_true", help="two hosts, few images, one repetition")

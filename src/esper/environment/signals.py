@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper.seeds import gates
 from esper.seeds.stages import OCCUPIED
+from esper.values import changed
 
 HISTORY = 5
 _EXPLODED = 1.5  # an epoch whose loss grew by half is not stable
@@ -101,24 +102,23 @@ class SignalTracker:
             & (loss < _EXPLODED * previous_loss)
         )
         stable_count = torch.where(stable, state["stable_count"] + 1, 0)
-        return state.clone(recurse=False).update(
-            {
-                "epoch": state["epoch"] + 1,
-                "train_loss": metrics["train_loss"],
-                "val_loss": loss,
-                "train_accuracy": metrics["train_accuracy"],
-                "val_accuracy": accuracy,
-                "previous_val_accuracy": state["val_accuracy"],
-                "loss_delta": loss_delta,
-                "accuracy_delta": accuracy_delta,
-                "plateau_epochs": torch.where(later & flat, plateau + 1, 0),
-                "best_val_accuracy": torch.fmax(state["best_val_accuracy"], accuracy),
-                "best_val_loss": torch.fmin(state["best_val_loss"], loss),
-                "loss_history": _push(state["loss_history"], loss),
-                "accuracy_history": _push(state["accuracy_history"], accuracy),
-                "stable_count": stable_count,
-                "stabilized": state["stabilized"] | (stable_count >= self.stabilization_epochs),
-            }
+        return changed(
+            state,
+            epoch=state["epoch"] + 1,
+            train_loss=metrics["train_loss"],
+            val_loss=loss,
+            train_accuracy=metrics["train_accuracy"],
+            val_accuracy=accuracy,
+            previous_val_accuracy=state["val_accuracy"],
+            loss_delta=loss_delta,
+            accuracy_delta=accuracy_delta,
+            plateau_epochs=torch.where(later & flat, plateau + 1, 0),
+            best_val_accuracy=torch.fmax(state["best_val_accuracy"], accuracy),
+            best_val_loss=torch.fmin(state["best_val_loss"], loss),
+            loss_history=_push(state["loss_history"], loss),
+            accuracy_history=_push(state["accuracy_history"], accuracy),
+            stable_count=stable_count,
+            stabilized=state["stabilized"] | (stable_count >= self.stabilization_epochs),
         )
 
 

@@ -254,7 +254,7 @@ def evaluate(
             targets = y.expand(shard.size, *y.shape) if own is None else own[:, y]
             carries[i] = shard.executor.evaluate_step(carries[i], x, targets)
     meanwhile()
-    return joined([s.executor.finish_evaluation(c).cpu() for s, c in zip(shards, carries, strict=True)])
+    return joined([s.executor.finish_evaluation(c) for s, c in zip(shards, carries, strict=True)])
 
 
 def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class Executor(Protocol):
         ...
 
     def finish_evaluation(self, carry: Carry) -> TensorDict:
-        """The scores of `empty_scores`."""
+        """The scores of `empty_scores`, on the CPU."""
         ...
 
     @property

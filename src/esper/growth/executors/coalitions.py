@@ -24,6 +24,7 @@ from esper.growth.executors.seating import (
     Seating,
     Table,
     demand,
+    download,
     enlarged,
     fill,
     fits,
@@ -263,8 +264,8 @@ def score(spec: GrowthSpec, scoring: Scoring, x: Tensor, y: Tensor) -> tuple[Ten
 def tally(spec: GrowthSpec, scoring: Scoring) -> TensorDict:
     """The scores of `empty_scores`, on the CPU."""
     scores = base.empty_scores(scoring.loss.shape[0], len(spec.slots))
-    scores["correct"][:] = scoring.correct.cpu()[scoring.tree.leaf]
-    scores["differ"][:], scores["loss"][:] = scoring.differ.cpu(), scoring.loss.cpu()
+    right, differ, loss = download([scoring.correct, scoring.differ, scoring.loss])()
+    scores["correct"][:], scores["differ"][:], scores["loss"][:] = right[scoring.tree.leaf], differ, loss
     scores["seen"][:] = scoring.seen
     return scores
 

@@ -202,7 +202,10 @@ def main() -> None:
         "schedule": (1, {"controller": "schedule", "schedule": SCHEDULE}),
         "terminal": (rollouts, {"episode_end": "terminal"}),
         "truncated": (rollouts, {"episode_end": "truncated"}),
-        "imitated": (rollouts, {"episode_end": "terminal", "schedule": SCHEDULE, "imitation_rollouts": IMITATION}),
+        "imitated": (
+            rollouts,
+            {"episode_end": "terminal", "schedule": SCHEDULE, "imitation_rollouts": min(IMITATION, rollouts - 1)},
+        ),
     }
     found = {}
     for name, (count, fields) in arms.items():

@@ -116,6 +116,11 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(field: str, value: ob
         ({"controller": "schedule"}, "schedule", "at least one step"),
         ({"schedule": [PLANT]}, "schedule", "not ppo without imitation_rollouts"),
         ({"imitation_rollouts": 1}, "imitation_rollouts", "no schedule to imitate"),
+        (
+            {"imitation_rollouts": 3, "n_episodes": 9, "schedule": [PLANT]},
+            "imitation_rollouts",
+            "rollouts of the run (3)",
+        ),
         ({"imitation_rollouts": 1, "controller": "never"}, "imitation_rollouts", "only ppo imitates"),
         ({"controller": "schedule", "schedule": [PLANT, PLANT]}, "schedule[1].epoch", "one step per epoch"),
         ({"controller": "schedule", "schedule": [PLANT], "max_epochs": 3}, "schedule[0].epoch", "max_epochs (3)"),

@@ -58,7 +58,7 @@ BUILT: dict[str, tuple[Any, dict[str, Any]]] = {
     "param_budget": (77, {}),
     "param_penalty_weight": (0.3, {}),
     "sparse_reward_scale": (2.0, {}),
-    "imitation_rollouts": (2, {"schedule": [PLANT], "imitation_rollouts": 1}),
+    "imitation_rollouts": (2, {"schedule": [PLANT], "imitation_rollouts": 1, "n_episodes": 12}),
     "lr": (1e-3, {}),
     "clip_ratio": (0.1, {}),
     "gamma": (0.9, {}),

@@ -158,7 +158,9 @@ class Engine:
         whole = self.env.epoch == 0
         step = self.rollouts * self.env.spec.rules.max_epochs + self.env.epoch
         objective = self.outcome.get("objective")
-        score = sum(objective) / len(objective) if whole and objective else None
+        taught = self.learner is not None and self.learner.imitated
+        # Best is the policy that did best, not the one whose teacher did.
+        score = sum(objective) / len(objective) if whole and objective and not taught else None
 
         def snapshot() -> Snapshot:
             parts = {"environment": state, "collector": position()}

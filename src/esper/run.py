@@ -81,13 +81,14 @@ def acting(
     config: TrainingConfig, env: GrowthEnv, controller: RecurrentPolicy | ScriptedPolicy, learner: Learner | None
 ) -> RecordedPolicy | ScriptedPolicy | TaughtPolicy:
     """Who acts in a run's rollouts: the controller, or at first the schedule that it imitates."""
-    if isinstance(controller, ScriptedPolicy) or learner is None:
+    if isinstance(controller, ScriptedPolicy):
         return controller
-    policy = RecordedPolicy(controller)
+    assert learner is not None, "a policy learns"
+    policy, teaching = RecordedPolicy(controller), learner
     if config.imitation_rollouts == 0:
         return policy
     teacher = patient_schedule(config.schedule, env.spec.blueprints, env.spec.rules.max_epochs)
-    return TaughtPolicy(policy, ScriptedPolicy(teacher), lambda: learner.imitates)
+    return TaughtPolicy(policy, ScriptedPolicy(teacher), lambda: teaching.imitates)
 
 
 def train(

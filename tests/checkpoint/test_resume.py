@@ -143,11 +143,15 @@ def test_twins_are_taken_up_again(tmp_path: Path) -> None:
 
 def test_imitation_is_taken_up_again(tmp_path: Path) -> None:
     """Within a teacher's rollout, and after it, when what the teacher remembers is only carried on."""
-    steps = [{"epoch": 1, "op": "germinate", "slot": "early", "blueprint": "norm", "blend": "linear"}]
+    steps = [
+        {"epoch": 0, "op": "germinate", "slot": "early", "blueprint": "norm", "blend": "linear"},
+        {"epoch": 1, "op": "cull", "slot": "early"},
+    ]
     fields = {**SMALL, "schedule": steps, "imitation_rollouts": 1}
     reference = Reference(tmp_path / "reference", **fields)
-    assert [e["epoch"] for e in reference.events if e["type"] == "germinated" and e["episode"] == 0] == [1] * HOSTS
-    for cut in (2, EPOCHS + 2):
+    # The slot is empty again when the run is cut: a teacher that had forgotten what it did would plant anew.
+    assert [e["epoch"] for e in reference.events if e["type"] == "germinated" and e["episode"] == 0] == [0] * HOSTS
+    for cut in (3, EPOCHS + 2):
         folder = reference.cut(cut, tmp_path / f"run-{cut}")
         same_end(reference, folder, *resume(folder, **fields))
 

@@ -155,7 +155,7 @@ def test_saving_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
 
     def slow(folder: Path, given: Snapshot, about: object) -> None:
         writing.set()
-        released.wait()
+        released.wait(timeout=20.0)
         written.append(given.step)
 
     monkeypatch.setattr("esper.checkpoint.store.write_snapshot", slow)

@@ -86,6 +86,18 @@ def test_what_may_change_and_what_may_not() -> None:
         assert [p.split(":")[0] for p in differences(saved, {**saved, name: "other"}, 8)] == [name]
 
 
+def test_a_field_that_came_later_had_its_default() -> None:
+    """A run saved before there was such a field goes on, unless it is used now; one with a field that is gone stops."""
+    now = TrainingConfig(n_envs=2).to_dict()
+    saved = {name: value for name, value in now.items() if name not in ("imitation_rollouts", "checkpoint_every")}
+    assert differences(saved, now, 0) == []
+    expected = ["imitation_rollouts: 1: must be 0, as in the checkpoint"]
+    assert differences(saved, {**now, "imitation_rollouts": 1}, 0) == expected
+    assert differences({**saved, "germination_tax": 2}, now, 0) == [
+        "germination_tax: null: must be 2, as in the checkpoint"
+    ]
+
+
 def test_a_directory_that_holds_a_run_is_not_written_over(finished: Path) -> None:
     before = contents(finished)
     with pytest.raises(InputError, match="must be new or empty"):

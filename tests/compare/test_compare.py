@@ -493,6 +493,7 @@ def comparison(points: bool = False, **changes: Any) -> dict[str, Any]:
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "run": "r", "imitates": "never"}]}, "means nothing"),
         ({"arms": [{"kind": "never"}, {"kind": "ppo", "imitates": "never"}]}, "must be a schedule before it"),
         ({"arms": [{"kind": "never"}, GRID, {"kind": "ppo", "imitates": "schedule"}]}, "at least 1 to imitate"),
+        ({"arms": [{"kind": "never"}, {"kind": "ppo", "learning": {"imitation_rollouts": 1}}]}, "needs imitates"),
     ],
 )
 def test_a_configuration_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:

@@ -21,6 +21,9 @@ def test_writing_waits_for_what_was_given_before_and_not_for_what_comes_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value, working = torch.zeros(1000, device="cuda"), threading.Event()
+    # A kernel is loaded when it is first needed, which would wait for all that is going on.
+    torch.add(value, 1.0)
+    torch.cuda.synchronize()
     write = stores.write_snapshot
 
     def write_late(*given):

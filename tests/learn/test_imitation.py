@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 
 from engine import run, tiny_config, tiny_task
@@ -16,9 +14,9 @@ from esper.build import build_controller, build_env
 from esper.control.policy import RecurrentPolicy
 from esper.control.taught import TaughtPolicy
 from esper.learn.collector import BatchFirstCollector
-from esper.learn.losses import factored_clip_objective
+from esper.learn.losses import factored_clip_objective, imitation_objective
 from esper.run import acting, build_learner
-from esper.seeds.actions import OP, Op
+from esper.seeds.actions import BLEND, BLUEPRINT, OP, RELEVANT, SLOT, Op
 
 SCHEDULE = [
     {"epoch": 1, "op": "germinate", "slot": "mid", "blueprint": "conv_light", "blend": "sigmoid"},
@@ -34,32 +32,43 @@ def _task() -> Iterator[None]:
         yield
 
 
-def losses(log_prob: Tensor, advantage: Tensor, relevant: Tensor, **how: Any) -> dict[str, Tensor]:
-    zeros = torch.zeros(advantage.shape)
-    old = log_prob.detach() - 0.3
-    entropy = torch.full_like(log_prob, 0.5)
-    coefficients = {"clip_ratio": 0.2, "value_clip": None, "value_coef": 1.0, "entropy_coef": 0.1}
-    return factored_clip_objective(
-        log_prob, old, entropy, relevant, advantage, zeros, zeros, zeros + 2.0, **coefficients, **how
-    )
-
-
-def test_the_objective_of_imitation_is_the_likelihood_of_what_was_done() -> None:
-    """Mean over the steps where a head matters, whatever the advantage; value and entropy as ever."""
+def test_every_op_of_a_teacher_counts_alike() -> None:
+    """Of ten steps eight wait, one plants, one keeps: each is a third of what the op head is judged by, and planting
+    and keeping are half each of the slot's. Critic and entropy are those of PPO."""
     generator = torch.Generator().manual_seed(0)
-    log_prob = -torch.rand(6, 5, 4, generator=generator)
+    op = torch.tensor([Op.WAIT] * 4 + [Op.GERMINATE] + [Op.WAIT] * 4 + [Op.FOSSILIZE]).reshape(2, 5)
+    relevant = RELEVANT[op]
+    log_prob, entropy = -torch.rand(2, 5, 4, generator=generator), torch.rand(2, 5, 4, generator=generator)
     log_prob.requires_grad_()
-    relevant = torch.rand(6, 5, 4, generator=generator) < 0.5
-    advantage = torch.randn(6, 5, generator=generator)
-    found = losses(log_prob, advantage, relevant, imitate=True)
-    by_head = [log_prob[..., h][relevant[..., h]].mean() for h in range(4)]
-    torch.testing.assert_close(found["loss_objective"], -torch.stack(by_head).sum())
-    improved = losses(log_prob, advantage, relevant)
-    assert not torch.isclose(found["loss_objective"], improved["loss_objective"])
-    assert torch.equal(found["loss_critic"], improved["loss_critic"])
-    assert torch.equal(found["loss_entropy"], improved["loss_entropy"])
+    value, old, target = torch.randn(3, 2, 5, generator=generator)
+    shared = {"value_clip": 0.3, "value_coef": 0.7, "entropy_coef": 0.1}
+    found = imitation_objective(log_prob, entropy, relevant, op, value, old, target, **shared)
+    wait, plant, keep = (op == kind for kind in (Op.WAIT, Op.GERMINATE, Op.FOSSILIZE))
+    means = [[log_prob[..., head][steps].mean() for steps in (wait, plant, keep)] for head in range(4)]
+    slot, blueprint, blend = (means[head] for head in (SLOT, BLUEPRINT, BLEND))
+    wanted = sum(means[OP]) / 3 + sum(slot[1:]) / 2 + blueprint[1] + blend[1]
+    torch.testing.assert_close(found["loss_objective"], -wanted)
+    torch.testing.assert_close(found["log_prob"].sum(), wanted.detach())
     (gradient,) = torch.autograd.grad(found["loss_objective"], log_prob)
-    torch.testing.assert_close(gradient, -relevant.float() / relevant.flatten(0, 1).sum(0))
+    torch.testing.assert_close(gradient[..., OP][plant], torch.tensor([-1 / 3]))
+    torch.testing.assert_close(gradient[..., OP][wait], torch.full((8,), -1 / 24))
+    assert not gradient[~relevant].any()
+    ppo = factored_clip_objective(
+        log_prob, log_prob, entropy, relevant, value, value, old, target, clip_ratio=0.2, **shared
+    )
+    assert all(torch.equal(found[name], ppo[name]) for name in ("loss_critic", "loss_entropy", "entropy", "relevant"))
+
+
+def test_nothing_done_is_nothing_to_imitate() -> None:
+    """A teacher that only waits: heads that no op has used count nothing, and nothing is nan."""
+    op = torch.zeros(3, 4, dtype=torch.int64)
+    log_prob = torch.full((3, 4, 4), -0.5)
+    zeros = torch.zeros(3, 4)
+    found = imitation_objective(
+        log_prob, log_prob, RELEVANT[op], op, zeros, zeros, zeros, value_clip=None, value_coef=1.0, entropy_coef=0.0
+    )
+    assert found["log_prob"].tolist() == [0.0, 0.0, 0.0, -0.5]
+    assert found["loss_objective"] == 0.5
 
 
 def test_a_policy_comes_to_act_like_its_teacher() -> None:
@@ -73,15 +82,41 @@ def test_a_policy_comes_to_act_like_its_teacher() -> None:
     learner = build_learner(config, policy)
     who = acting(config, env, policy, learner)
     assert isinstance(who, TaughtPolicy)
-    ops, chosen = [], []
+    chosen, likely = [], []
     for rollout in BatchFirstCollector(env, who, rollouts=4, exploration=ExplorationType.MODE):
-        ops.append(rollout["action"][..., OP])
         chosen.append(rollout["action"])
-        assert learner.imitates == (len(ops) <= 3)
-        assert learner.learn(rollout)["updates"] == 16 or not learner.imitates
+        taught = learner.imitates
+        metrics = learner.learn(rollout)
+        assert taught == learner.imitated == (len(chosen) <= 3) == ("log_prob/op" in metrics)
+        # There is nothing to compare a teacher's actions with: no ratio, and no early stop by divergence.
+        assert taught == ("kl_joint" not in metrics)
+        if taught:
+            assert metrics["updates"] == 16
+            likely.append(metrics["log_prob/op"])
     planted = torch.tensor([0, Op.GERMINATE, Op.GERMINATE, 0, Op.CULL, 0, 0, 0])
-    assert all(torch.equal(op, planted.expand(4, -1)) for op in ops)
-    assert all(torch.equal(chosen[-1], actions) for actions in chosen)
+    assert torch.equal(chosen[0][..., OP], planted.expand(4, -1))
+    assert all(torch.equal(chosen[0], actions) for actions in chosen)
+    assert likely[0] < likely[2] < 0
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_a_little_imitation_is_no_lesson_in_waiting(updates: int) -> None:
+    """Eight steps of which two plant: from the first updates on planting becomes likelier there, not rarer."""
+    config = tiny_config(schedule=SCHEDULE, imitation_rollouts=1, lr=1e-3, ppo_updates_per_batch=updates)
+    env = build_env(config)
+    policy = build_controller(config, env)
+    assert isinstance(policy, RecurrentPolicy)
+    learner = build_learner(config, policy)
+    (rollout,) = BatchFirstCollector(env, acting(config, env, policy, learner), rollouts=1)
+
+    def planting() -> float:
+        with torch.no_grad():
+            actions, _ = policy.evaluate(rollout)
+        return float(actions.op.probs[:, 1, Op.GERMINATE].mean())
+
+    before = planting()
+    learner.learn(rollout)
+    assert planting() > before
 
 
 def test_without_a_teacher_nothing_is_like_that() -> None:

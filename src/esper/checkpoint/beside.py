@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 from tensordict import TensorDict
@@ -23,8 +24,14 @@ def beside(marks: Marks) -> Iterator[None]:
     in turn does not wait for it."""
     with ExitStack() as streams:
         for device, mark in marks.items():
-            # An urgent one: streams come from a pool in turn, and one of the others may be recorded at this moment.
-            stream = torch.cuda.Stream(device, priority=-1)
+            stream = _stream(device)
             stream.wait_event(mark)
             streams.enter_context(torch.cuda.stream(stream))
         yield
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """An urgent one, of which nothing else is taken: streams come from a pool in turn, and one of the others may be
+    recorded at this moment."""
+    return torch.cuda.Stream(device, priority=-1)

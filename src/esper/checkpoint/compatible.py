@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from esper.config_fields import Fields
+
 MAY_CHANGE = ("n_episodes", "telemetry_level", "checkpoint_every", "data_dir", "devices", "device", "collector")
 """Fields that do not enter the numbers, within the limits that `differences` sets."""
 
@@ -13,11 +15,13 @@ MAY_CHANGE = ("n_episodes", "telemetry_level", "checkpoint_every", "data_dir", "
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], episodes_done: int) -> list[str]:
     """Every reason why a run saved with configuration `saved` cannot go on as `wanted`, by field; empty if it can.
 
-    The number of episodes may change but not fall below those done; a device may be another of its kind.
+    The number of episodes may change but not fall below those done; a device may be another of its kind. A field that
+    was not there when `saved` was written has its default, with which nothing is different.
     """
     found = []
-    for name in sorted(saved.keys() | wanted.keys()):
-        before, now = saved.get(name), wanted.get(name)
+    completed = {**Fields().model_dump(mode="json"), **saved}
+    for name in sorted(completed.keys() | wanted.keys()):
+        before, now = completed.get(name), wanted.get(name)
         if name in ("devices", "device") and _kinds(before) == _kinds(now):
             continue
         if name in ("devices", "device") or (name not in MAY_CHANGE and before != now):

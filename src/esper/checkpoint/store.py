@@ -50,7 +50,7 @@ class CheckpointStore:
         self._changed = threading.Condition()
         self._pending: tuple[Snapshot, Marks] | None = None
         self._busy = self._closed = False
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._written: int | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
@@ -82,8 +82,9 @@ class CheckpointStore:
 
     def _check(self) -> None:
         if self._failure is not None:
+            why = getattr(self._failure, "strerror", None) or self._failure
             raise RunStopped(
-                f'checkpoints: "{self.folder}": could not be written: {self._failure.strerror or self._failure}; '
+                f'checkpoints: "{self.folder}": could not be written: {why}; '
                 "those written before are whole, --resume goes on from the last one"
             ) from self._failure
 
@@ -95,14 +96,16 @@ class CheckpointStore:
                 if given is None:
                     return
                 self._busy = True
-            failure, (snapshot, marks) = None, given
+            failure: Exception | None = None
+            snapshot, marks = given
             try:
                 if snapshot.step != self._written:
                     with beside(marks):
                         write_snapshot(self.folder, snapshot, self._about)
                     prune(self.folder)
                     self._written = snapshot.step
-            except OSError as error:
+            except Exception as error:
+                # Of whatever kind: the run has to hear of it, or it would wait for this thread for ever.
                 failure = error
             with self._changed:
                 self._busy, self._failure = False, failure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -261,7 +261,7 @@ def _problems(config: CompareConfig) -> Iterator[str]:
     if training.collector.backend != "local":
         yield f"training.collector.backend: {training.collector.backend!r}: comparisons run in one process; use 'local'"
     known: list[str] = []
-    schedules: dict[str, Schedule] = {}
+    schedules: list[str] = []
     for i, arm in enumerate(config.arms):
         place = f"arms[{i}]"
         for row in arm.rows:
@@ -273,7 +273,7 @@ def _problems(config: CompareConfig) -> Iterator[str]:
             yield f"{place}: static-equal: there is no one host to widen where family.width draws; leave the arm out"
         if isinstance(arm, Schedule):
             yield from _schedule(arm, training, place)
-            schedules[arm.rows[0]] = arm
+            schedules += arm.rows
         if isinstance(arm, Ppo):
             yield from _ppo(arm, training, schedules, place)
         known += arm.rows
@@ -298,20 +298,21 @@ def _schedule(arm: Schedule, training: TrainingConfig, place: str) -> Iterator[s
     yield from sorted(found)
 
 
-def _ppo(arm: Ppo, training: TrainingConfig, schedules: Mapping[str, Schedule], place: str) -> Iterator[str]:
-    for name in ("learning", "imitates"):
-        if arm.run is not None and getattr(arm, name):
+def _ppo(arm: Ppo, training: TrainingConfig, schedules: Sequence[str], place: str) -> Iterator[str]:
+    given = [name for name in ("learning", "imitates") if getattr(arm, name)]
+    if arm.run is not None and given:
+        for name in given:
             yield f"{place}.{name}: {getattr(arm, name)!r}: means nothing for a run that has finished; leave it out"
-    taught: Point = ()
-    if arm.imitates is not None:
-        if arm.imitates not in schedules:
-            legal = f"must be a schedule before it: {', '.join(schedules) or 'there is none'}"
-            yield f"{place}.imitates: {arm.imitates!r}: {legal}"
-            return
-        if not arm.learning.get("imitation_rollouts"):
-            yield f"{place}.learning.imitation_rollouts: must be at least 1 to imitate {arm.imitates!r}"
-            return
-        taught = next(iter(points_of(schedules[arm.imitates], training)), ())
+        return
+    if arm.imitates is not None and arm.imitates not in schedules:
+        legal = f"must be a schedule before it: {', '.join(schedules) or 'there is none'}"
+        yield f"{place}.imitates: {arm.imitates!r}: {legal}"
+    imitation = arm.learning.get("imitation_rollouts", 0)
+    if (arm.imitates is None) != (imitation == 0):
+        legal = "must be at least 1 to imitate" if arm.imitates is not None else "needs imitates, the row to imitate"
+        yield f"{place}.learning.imitation_rollouts: {imitation!r}: {legal}"
+    # What is imitated is found later; here any schedule stands for it.
+    taught = (ScheduleStep(epoch=0, op="cull", slot=training.slots[0]),) if imitation else ()
     for name in sorted(set(arm.learning) - set(LEARNING)):
         yield f"{place}.learning.{name}: {arm.learning[name]!r}: must be one of {', '.join(LEARNING)}"
     known = {name: value for name, value in arm.learning.items() if name in LEARNING}

@@ -31,12 +31,16 @@ class ScriptedPolicy(TensorDictModuleBase):
         fresh = self.controller.init(td.batch_size[0]).to(td.device)
         begins = td["is_init"].squeeze(-1)
         carry = TensorDict(
-            {name: _where(begins, fresh[name], td[_PREFIX + name]) for name in self.carried}, batch_size=td.batch_size
+            {
+                name: _where(begins, fresh[name], td[key])
+                for name, key in zip(self.carried, self.carry_keys, strict=True)
+            },
+            batch_size=td.batch_size,
         )
         action, carry = self.controller.act(td, carry)
         td.set("action", action)
-        for name in self.carried:
-            td.set(("next", _PREFIX + name), carry[name])
+        for name, key in zip(self.carried, self.carry_keys, strict=True):
+            td.set(("next", key), carry[name])
         return td
 
     def make_tensordict_primer(self) -> TensorDictPrimer | None:
@@ -44,7 +48,10 @@ class ScriptedPolicy(TensorDictModuleBase):
         if not self.carried:
             return None
         one = self.controller.init(1)
-        specs = {_PREFIX + n: Unbounded(shape=one[n].shape[1:], dtype=one[n].dtype) for n in self.carried}
+        specs = {
+            key: Unbounded(shape=one[name].shape[1:], dtype=one[name].dtype)
+            for name, key in zip(self.carried, self.carry_keys, strict=True)
+        }
         return TensorDictPrimer(specs, expand_specs=True)
 
 

@@ -16,7 +16,7 @@ class TaughtPolicy(TensorDictModuleBase):
     """`policy` on `[N]` hosts as it is, but while `teaching()` the actions are those of `teacher`.
 
     The policy's recurrent state and values go on meanwhile, as those of a policy that acted like this. Its
-    `action_log_prob` is then that of the action it would have taken itself.
+    `action_log_prob` is then that of the action it would have taken itself, and of no use.
     """
 
     def __init__(self, policy: RecordedPolicy, teacher: ScriptedPolicy, teaching: Callable[[], bool]) -> None:

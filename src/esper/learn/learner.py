@@ -41,6 +41,11 @@ class Learner:
         """Whether the next rollout to learn from is a teacher's."""
         return self.rollouts < self.imitation
 
+    @property
+    def imitated(self) -> bool:
+        """Whether the last rollout learned from was a teacher's."""
+        return 0 < self.rollouts <= self.imitation
+
     def learn(self, rollout: TensorDictBase, observer: UpdateObserver | None = None) -> dict[str, float]:
         """Update from one rollout `[N, T]`: rewards scaled and observations standardised by the statistics that held
         while it was collected; both statistics then learn from it, once. Of a teacher's rollout the policy learns the
@@ -54,13 +59,8 @@ class Learner:
         raw = rollout["next", "reward"].squeeze(-1)
         scaled = rollout.copy()
         scaled["next", "reward"] = scale_reward(self.rewards, raw).unsqueeze(-1)
-        settings = self.settings
-        if self.imitates:
-            # However far that is from what the policy would have done.
-            settings = replace(settings, imitate=True, target_kl=None)
-            with torch.no_grad():
-                actions, _ = self.policy.evaluate(rollout)
-                scaled["action_log_prob"] = actions.head_terms(rollout["action"]).log_prob
+        # However far a teacher's actions are from what the policy would have done, it has to come to them.
+        settings = replace(self.settings, imitate=True, target_kl=None) if self.imitates else self.settings
         metrics = ppo_update(
             self.policy,
             self.optimizer,

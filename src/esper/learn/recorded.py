@@ -17,7 +17,8 @@ from esper.learn.update import Checks, Evaluation, PPOSettings, checks, eager_gr
 from esper.recording import recorded
 
 MAX_PROGRAMS = 4
-"""Recordings that are kept. A run has rows of one size, or of two where minibatches differ by a host."""
+"""Recordings that are kept. A run has rows of one size, or of two where minibatches differ by a host; those of
+imitation are others."""
 
 
 class Differentiated(NamedTuple):

@@ -16,7 +16,7 @@ from esper.control.policy import RecurrentPolicy
 from esper.control.recurrence import restarts
 from esper.keys import fold, permutation
 from esper.learn.advantages import gae, standardize
-from esper.learn.losses import LOSSES, FactoredPPOLoss
+from esper.learn.losses import LOSSES, FactoredPPOLoss, ImitationLoss
 from esper.seeds.actions import HEADS
 
 KL_MARGIN = 1.5
@@ -149,14 +149,14 @@ def with_advantages(policy: RecurrentPolicy, rollout: TensorDictBase, settings: 
 def ppo_loss(policy: RecurrentPolicy, settings: PPOSettings, entropy_coef: float | Tensor) -> FactoredPPOLoss:
     """The loss of `settings`, on the device of `policy`."""
     device = next(policy.parameters()).device
-    return FactoredPPOLoss(
+    kind = ImitationLoss if settings.imitate else FactoredPPOLoss
+    return kind(
         policy,
         clip_ratio=settings.clip_ratio,
         value_clip=settings.value_clip,
         value_coef=settings.value_coef,
         entropy_coef=entropy_coef,
         entropy_weights=torch.tensor(settings.entropy_weights, device=device),
-        imitate=settings.imitate,
     )
 
 

@@ -123,7 +123,11 @@ class Seats:
 @dataclass(frozen=True)
 class Seating:
     """The seats of a plan. All of it lies in one tensor, `data`, which another plan of the same capacity can replace.
-    `seat` `[N, S]` on the CPU is the seat of each host's seed, -1 for none."""
+    `seat` `[N, S]` on the CPU is the seat of each host's seed, -1 for none.
+
+    `data` has what `Seats` says: each of the four entries of seats for the seats of all slots, then each of the two of
+    hosts for all slots.
+    """
 
     capacity: Capacity
     seat: Tensor

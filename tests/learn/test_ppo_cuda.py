@@ -117,14 +117,12 @@ def assert_alike(one: Trainee, other: Trainee) -> None:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
-def test_recorded_gradients_are_the_eager_ones_whatever_the_weights(rollouts) -> None:
+@pytest.mark.parametrize("imitate", [False, True])
+def test_recorded_gradients_are_the_eager_ones_whatever_the_weights(rollouts, imitate: bool) -> None:
     """With other weights, statistics, rows and entropy coefficients at every evaluation."""
     policy, several = rollouts
-    policy, settings, recorded = (
-        policy.to("cuda"),
-        PPOSettings(entropy_weights=(2.0, 1.0, 1.0, 1.0)),
-        RecordedGradients(),
-    )
+    policy, recorded = policy.to("cuda"), RecordedGradients()
+    settings = PPOSettings(entropy_weights=(2.0, 1.0, 1.0, 1.0), imitate=imitate)
     for index, rollout in enumerate(several):
         rows = with_advantages(policy, rollout.to("cuda"), settings)
         results = []

@@ -173,13 +173,19 @@ def test_minibatches_are_keyed_groups_of_hosts(learner):
         run(learner, PPOSettings(minibatches=65))
 
 
-def test_what_is_recorded_is_what_is_computed_eagerly(learner):
-    """The recorded part on a CPU: to the bit, and without touching the gradients of the weights."""
+@pytest.mark.parametrize("imitate", [False, True])
+def test_what_is_recorded_is_what_is_computed_eagerly(learner, imitate):
+    """The recorded part on a CPU: to the bit, and without touching the gradients of the weights. It is given what the
+    loss says it reads, and nothing else."""
     policy, _, rollout = learner
-    rows = with_advantages(policy, rollout, DEFAULT)
-    outputs, gradients, checks = differentiated(ppo_loss(policy, DEFAULT, torch.tensor(0.03)), rows)
+    settings = PPOSettings(imitate=imitate)
+    rows = with_advantages(policy, rollout, settings)
+    loss = ppo_loss(policy, settings, torch.tensor(0.03))
+    assert ("action_log_prob" in loss.in_keys) == (not imitate)
+    outputs, gradients, checks = differentiated(loss, rows.select(*loss.in_keys))
+    assert set(outputs.keys()) == set(loss.out_keys)
     assert all(p.grad is None for p in policy.parameters())
-    eager = eager_gradients(policy, rows, [], DEFAULT, 0.03)
+    eager = eager_gradients(policy, rows, [], settings, 0.03)
     assert same(dict(outputs.items()), dict(eager.outputs.items()))
     assert same(checks, eager.differentiate())
     assert same(gradients, {name: p.grad for name, p in policy.named_parameters()})

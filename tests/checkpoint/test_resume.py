@@ -151,6 +151,10 @@ def test_imitation_is_taken_up_again(tmp_path: Path) -> None:
     reference = Reference(tmp_path / "reference", **fields)
     # The slot is empty again when the run is cut: a teacher that had forgotten what it did would plant anew.
     assert [e["epoch"] for e in reference.events if e["type"] == "germinated" and e["episode"] == 0] == [0] * HOSTS
+    # What its teacher reached is not the policy's best.
+    scores = [reference.moments[step][1]().score for step in (EPOCHS, 2 * EPOCHS)]
+    assert scores[0] is None
+    assert scores[1] is not None
     for cut in (3, EPOCHS + 2):
         folder = reference.cut(cut, tmp_path / f"run-{cut}")
         same_end(reference, folder, *resume(folder, **fields))

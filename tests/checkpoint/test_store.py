@@ -173,6 +173,19 @@ def test_saving_never_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
     assert written == [0, 999]
 
 
+def test_a_writer_that_fails_in_whatever_way_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that breaks, say: the run must not wait for the writer for ever."""
+
+    def breaks(*given: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("esper.checkpoint.store.write_snapshot", breaks)
+    with CheckpointStore(tmp_path, {}, []) as store:
+        store.save(snapshot(0))
+        with pytest.raises(RunStopped, match="could not be written: CUDA error"):
+            store.finish()
+
+
 def test_what_is_not_finished_is_not_there_and_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / FOLDER
     write_snapshot(folder, snapshot(1), ABOUT)

@@ -258,3 +258,8 @@ class Fields(BaseModel):
     """Where rollouts and updates are reported besides the event log; wandb stays offline."""
     checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] = 1
     """Rollouts between checkpoints; the last rollout is always saved."""
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of the run, whole ones."""
+        return -(-self.n_episodes // self.n_envs)

@@ -197,8 +197,8 @@ def _steps(config: Fields) -> Iterator[Finding]:
     if imitation and config.controller != "ppo":
         legal = f"only ppo imitates, not {config.controller}; use 0"
         yield Finding("imitation_rollouts", imitation, legal, ("controller",))
-    elif imitation >= (rollouts := -(-config.n_episodes // config.n_envs)) and imitation:
-        legal = f"must be below the rollouts of the run ({rollouts}), or the policy never acts"
+    elif imitation and imitation >= config.rollouts:
+        legal = f"must be below the rollouts of the run ({config.rollouts}), or the policy never acts"
         yield Finding("imitation_rollouts", imitation, legal, ("n_episodes", "n_envs"))
     elif imitation and not config.schedule:
         yield Finding("imitation_rollouts", imitation, "there is no schedule to imitate; use 0", ("schedule",))

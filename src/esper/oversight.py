@@ -33,7 +33,7 @@ def oversight_settings(config: TrainingConfig) -> OversightSettings:
     task = get_task(config.task)
     plateau, improvement = config.plateau_threshold, config.improvement_threshold
     return OversightSettings(
-        rollouts=-(-config.n_episodes // config.n_envs),
+        rollouts=config.rollouts,
         escalation_rollouts=config.escalation_rollouts,
         plateau=task.plateau_threshold if plateau is None else plateau,
         improvement=task.improvement_threshold if improvement is None else improvement,

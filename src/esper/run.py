@@ -155,14 +155,13 @@ def _engine(config: TrainingConfig, events: EventLog, progress: Progress, watch:
     controller = build_controller(config, env)
     learner = build_learner(config, controller) if isinstance(controller, RecurrentPolicy) else None
     policy = acting(config, env, controller, learner)
-    collector = BatchFirstCollector(env, policy, rollouts=-(-config.n_episodes // config.n_envs))
+    collector = BatchFirstCollector(env, policy, rollouts=config.rollouts)
     return Engine(config, env, collector, learner, book, events)
 
 
 def _loop(engine: Engine, store: CheckpointStore, progress: Progress) -> None:
     """Collect and learn until all rollouts are done, with a checkpoint whenever one is due."""
     config, events, mark = engine.config, engine.events, time.perf_counter()
-    last = -(-config.n_episodes // config.n_envs)
     for rollout in engine.collector:
         episode, collected = engine.rollouts, time.perf_counter()
         outcome = engine.close_rollout()
@@ -178,7 +177,7 @@ def _loop(engine: Engine, store: CheckpointStore, progress: Progress) -> None:
         events.time("learn", mark - collected, episode=episode)
         progress.rollout(episode, outcome)
         if engine.refused == 0:
-            due = engine.rollouts % config.checkpoint_every == 0 or engine.rollouts == last
+            due = engine.rollouts % config.checkpoint_every == 0 or engine.rollouts == config.rollouts
             if due:
                 events.write("checkpoint", episode=episode, rollout=engine.rollouts)
             engine.mark()

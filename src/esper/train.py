@@ -80,9 +80,8 @@ def run(command: Command, run_dir: Path) -> None:
 
     console.print(config.summary(), highlight=False, markup=False)
     console.print(f"{describe_groups(config.n_envs, config.devices)}; policy on {config.device}", highlight=False)
-    rollouts = -(-config.n_episodes // config.n_envs)
     max_epochs = config.max_epochs or get_task(config.task).max_epochs
-    progress = RunProgress(console, rollouts, max_epochs, config.n_envs, ordered_slots(config.slots))
+    progress = RunProgress(console, config.rollouts, max_epochs, config.n_envs, ordered_slots(config.slots))
     tracker = Tracker(config.tracker, run_dir)
     with EventLog(run_dir, config.to_dict(), config.telemetry_level) as events, tracker, progress:
         events.listeners += [tracker, progress.event]

@@ -32,7 +32,7 @@ from esper.compare.config import (
 )
 from esper.compare.play import costs_of
 from esper.compare.widen import widened
-from esper.config import ScheduleStep, TrainingConfig, read_json
+from esper.config import TrainingConfig, read_json
 from esper.control.policy import RecurrentPolicy
 from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import never_grow, patient_schedule, patient_schedules, random_legal
@@ -143,13 +143,13 @@ def _ppo(bench: Bench, arm: Ppo) -> None:
     shared, search, learning = bench.config.shared, None, None
     if arm.run is None:
         teacher = None if arm.imitates is None else bench.rows[arm.imitates]
-        steps = [] if teacher is None else [ScheduleStep(**step) for step in teacher.chosen["steps"]]
-        training = ppo_training(arm, shared, steps)
+        training = ppo_training(arm, shared, [] if teacher is None else teacher.chosen["steps"])
         if bench.host_lr is not None:
             training = training.replace(host_lr=bench.host_lr)
         run_dir, search = bench.out / (arm.name or arm.kind), _trained(bench, arm, training)
-        # Whom it imitates had to be found first.
-        search += teacher.search if teacher is not None and teacher.search is not None else 0
+        if teacher is not None:
+            # Whom it imitates had to be found first.
+            search += teacher.search or 0
     else:
         run_dir = Path(arm.run)
         training = _given(run_dir, shared)
@@ -185,7 +185,7 @@ def _trained(bench: Bench, arm: Ppo, training: TrainingConfig) -> int:
         fields = training.to_train_kwargs()
         train(run_dir=run_dir, events=events, progress=Quiet(), resume=resume, watch=spent.add, **fields)
     total, alone = spent.total, Ledger(costs, training.n_envs)
-    for episode in range(-(-training.n_episodes // training.n_envs)):
+    for episode in range(training.rollouts):
         keys = episode_keys(training.seed, episode, training.n_envs)
         alone.reset(empty, keys)
         if training.reward_baseline == "twin":
@@ -214,7 +214,7 @@ def learning_flops(policy: RecurrentPolicy, training: TrainingConfig, max_epochs
     """FLOPs of a controller's own passes over a whole training, at most (an early KL stop saves some): each step is
     decided once, valued once for what follows and looked at once for diagnostics, and learned from in every update."""
     macs = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
-    steps = -(-training.n_episodes // training.n_envs) * training.n_envs * max_epochs
+    steps = training.rollouts * training.n_envs * max_epochs
     return FLOPS * macs * steps * (3 + TRAINING * training.ppo_updates_per_batch)
 
 

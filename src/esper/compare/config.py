@@ -234,12 +234,11 @@ def points_of(arm: Schedule, training: TrainingConfig) -> tuple[Point, ...]:
     return (*arm.points, *(() if arm.grid is None else grid_points(arm.grid, training)))
 
 
-def ppo_training(arm: Ppo, training: TrainingConfig, taught: Iterable[ScheduleStep] = ()) -> TrainingConfig:
-    """The training that gives an arm its controller; `taught` is the schedule that it imitates at first. Raises
-    ConfigError for fields that do not fit."""
-    schedule = [step.model_dump() for step in taught]
+def ppo_training(arm: Ppo, training: TrainingConfig, taught: Sequence[Mapping[str, Any]] = ()) -> TrainingConfig:
+    """The training that gives an arm its controller; `taught` are the steps of the schedule that it imitates at first.
+    Raises ConfigError for fields that do not fit."""
     return training.replace(
-        controller="ppo", schedule=schedule, n_envs=arm.hosts, n_episodes=arm.episodes, **arm.learning
+        controller="ppo", schedule=list(taught), n_envs=arm.hosts, n_episodes=arm.episodes, **arm.learning
     )
 
 
@@ -312,7 +311,7 @@ def _ppo(arm: Ppo, training: TrainingConfig, schedules: Sequence[str], place: st
         legal = "must be at least 1 to imitate" if arm.imitates is not None else "needs imitates, the row to imitate"
         yield f"{place}.learning.imitation_rollouts: {imitation!r}: {legal}"
     # What is imitated is found later; here any schedule stands for it.
-    taught = (ScheduleStep(epoch=0, op="cull", slot=training.slots[0]),) if imitation else ()
+    taught = [{"epoch": 0, "op": "cull", "slot": training.slots[0]}] if imitation else []
     for name in sorted(set(arm.learning) - set(LEARNING)):
         yield f"{place}.learning.{name}: {arm.learning[name]!r}: must be one of {', '.join(LEARNING)}"
     known = {name: value for name, value in arm.learning.items() if name in LEARNING}

@@ -21,25 +21,20 @@ class ScriptedPolicy(TensorDictModuleBase):
     def __init__(self, controller: Controller) -> None:
         super().__init__()
         self.controller = controller
-        self.carried = sorted(controller.init(1).keys())
-        self.carry_keys = [_PREFIX + name for name in self.carried]
-        self.in_keys = [*_SEEN, *self.carry_keys]
-        self.out_keys = ["action", *(("next", key) for key in self.carry_keys)]
+        self.carried = {name: _PREFIX + name for name in sorted(controller.init(1).keys())}
+        self.in_keys = [*_SEEN, *self.carried.values()]
+        self.out_keys = ["action", *(("next", key) for key in self.carried.values())]
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Write `action` int64 `[N, 4]` and the carry of the next step."""
         fresh = self.controller.init(td.batch_size[0]).to(td.device)
         begins = td["is_init"].squeeze(-1)
         carry = TensorDict(
-            {
-                name: _where(begins, fresh[name], td[key])
-                for name, key in zip(self.carried, self.carry_keys, strict=True)
-            },
-            batch_size=td.batch_size,
+            {name: _where(begins, fresh[name], td[key]) for name, key in self.carried.items()}, batch_size=td.batch_size
         )
         action, carry = self.controller.act(td, carry)
         td.set("action", action)
-        for name, key in zip(self.carried, self.carry_keys, strict=True):
+        for name, key in self.carried.items():
             td.set(("next", key), carry[name])
         return td
 
@@ -48,10 +43,7 @@ class ScriptedPolicy(TensorDictModuleBase):
         if not self.carried:
             return None
         one = self.controller.init(1)
-        specs = {
-            key: Unbounded(shape=one[name].shape[1:], dtype=one[name].dtype)
-            for name, key in zip(self.carried, self.carry_keys, strict=True)
-        }
+        specs = {key: Unbounded(shape=one[n].shape[1:], dtype=one[n].dtype) for n, key in self.carried.items()}
         return TensorDictPrimer(specs, expand_specs=True)
 
 

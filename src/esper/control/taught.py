@@ -30,7 +30,7 @@ class TaughtPolicy(TensorDictModuleBase):
         td = self.policy(td)
         if self.teaching():
             return self.teacher(td)
-        for key in self.teacher.carry_keys:
+        for key in self.teacher.carried.values():
             td.set(("next", key), td[key])
         return td
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,6 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from esper.control.distributions import HeadTerms
 from esper.control.policy import HIDDEN_KEYS, MASK_KEYS, RecurrentPolicy
 from esper.seeds.actions import OP, Op
 
@@ -176,23 +178,29 @@ class FactoredPPOLoss(LossModule):
         """Losses and diagnostics for rows `[N, T]`, a TensorDict without batch dimensions; `starts` as in the policy's
         `evaluate`."""
         actions, value = self.actor_network.evaluate(tensordict, starts)
-        terms = actions.head_terms(tensordict["action"])
-        values = factored_clip_objective(
-            terms.log_prob,
-            tensordict["action_log_prob"],
-            terms.entropy,
-            terms.relevant,
-            tensordict[self.tensor_keys.advantage].squeeze(-1),
-            value.squeeze(-1),
-            tensordict["state_value"].squeeze(-1),
-            tensordict[self.tensor_keys.value_target].squeeze(-1),
-            clip_ratio=self.clip_ratio,
+        values = self._objective(
+            tensordict,
+            actions.head_terms(tensordict["action"]),
+            value=value.squeeze(-1),
+            value_old=tensordict["state_value"].squeeze(-1),
+            value_target=tensordict[self.tensor_keys.value_target].squeeze(-1),
             value_clip=self.value_clip,
             value_coef=self.value_coef,
             entropy_coef=self.entropy_coef,
             entropy_weights=self.entropy_weights,
         )
         return TensorDict(values, batch_size=[])
+
+    def _objective(self, rows: TensorDictBase, terms: HeadTerms, **critic_and_entropy: Any) -> dict[str, Tensor]:
+        return factored_clip_objective(
+            terms.log_prob,
+            rows["action_log_prob"],
+            terms.entropy,
+            terms.relevant,
+            rows[self.tensor_keys.advantage].squeeze(-1),
+            clip_ratio=self.clip_ratio,
+            **critic_and_entropy,
+        )
 
 
 class ImitationLoss(FactoredPPOLoss):
@@ -206,21 +214,6 @@ class ImitationLoss(FactoredPPOLoss):
         unread = ("action_log_prob", self.tensor_keys.advantage)
         return [key for key in super().in_keys if key not in unread]
 
-    def forward(self, tensordict: TensorDictBase, starts: Sequence[int] | None = None) -> TensorDict:
-        """Losses and diagnostics for rows `[N, T]`, a TensorDict without batch dimensions."""
-        actions, value = self.actor_network.evaluate(tensordict, starts)
-        terms = actions.head_terms(tensordict["action"])
-        values = imitation_objective(
-            terms.log_prob,
-            terms.entropy,
-            terms.relevant,
-            tensordict["action"][..., OP],
-            value.squeeze(-1),
-            tensordict["state_value"].squeeze(-1),
-            tensordict[self.tensor_keys.value_target].squeeze(-1),
-            value_clip=self.value_clip,
-            value_coef=self.value_coef,
-            entropy_coef=self.entropy_coef,
-            entropy_weights=self.entropy_weights,
-        )
-        return TensorDict(values, batch_size=[])
+    def _objective(self, rows: TensorDictBase, terms: HeadTerms, **critic_and_entropy: Any) -> dict[str, Tensor]:
+        op = rows["action"][..., OP]
+        return imitation_objective(terms.log_prob, terms.entropy, terms.relevant, op, **critic_and_entropy)

@@ -119,7 +119,7 @@ class StackedExecutor(base.Roomless):
             decay = decay.masked_fill(rows < n, self.spec.host_weight_decay)
         else:
             held, rows, columns, decay = alike.layout, alike.rows, alike.columns, alike.decay
-        owner = torch.cat([torch.arange(n, device=self.device), seating.hosts(seating.data)])
+        owner = _by_row(torch.arange(n, device=self.device), [seating.hosts(seating.data)])
         address = addresses(owner, rows, columns, self.spec.bank.width)
         return Training(
             table=table,

@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from esper import keys as k
 from esper.control.heuristic import HeuristicSettings, heuristic
+from esper.control.scripted import ScriptedPolicy
 from esper.control.simple import fixed_schedule, never_grow, patient_schedule, patient_schedules, random_legal
 from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
@@ -234,3 +235,11 @@ def test_heuristic_waits_out_the_embargo():
         ops.append(int(action[0, OP]))
     assert ops == [Op.WAIT] * 4 + [Op.GERMINATE] * 2
     assert action[0, BLEND] == 0
+
+
+def test_a_controller_decides_where_its_hosts_are():
+    policy = ScriptedPolicy(patient_schedule([Entry(1, "germinate", "early", "a")], KINDS, 4))
+    td = step_input(MIXED).update({"is_init": torch.ones(1, 1, dtype=torch.bool)})
+    td.update({policy.carried[name]: value for name, value in policy.controller.init(1).items()})
+    there = td.to("meta").clear_device_()  # as collectors hand them over
+    assert policy(there)["action"].is_meta

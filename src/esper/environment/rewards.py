@@ -17,8 +17,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from esper.environment.potentials import credited, stage_potential
+from esper.environment.potentials import POTENTIAL_FIELDS, credited, stage_potential
 from esper.seeds import gates
+from esper.seeds.actions import Op
 from esper.seeds.stages import CULLABLE, MIN_FOSSILIZE_CONTRIBUTION, Stage, probation_epochs
 
 COMPONENTS = (
@@ -156,11 +157,12 @@ def contribution_reward(result: TensorDict, settings: RewardSettings, *, termina
     """
     before, lived = result["before"], result["lived"]
     share = 1.0 / settings.max_epochs
+    steps = _before_and_after(result)
     parts = {
         "objective": PER_POINT * _objective_change(result, settings),
-        "shaping": settings.shaping_weight * _shaping(result, settings, terminal),
-        "attribution": settings.contribution_weight
-        * _difference(credited(before), credited(result["after"]), result, settings, terminal),
+        "shaping": settings.shaping_weight
+        * _difference(stage_potential(steps, settings.max_epochs), result, settings, terminal),
+        "attribution": settings.contribution_weight * _difference(credited(steps), result, settings, terminal),
         "harm": settings.contribution_weight * share * _measured(lived).clamp(-_MAX_POINTS, 0.0).sum(dim=1),
         "blending_warning": -settings.warning * share * _warning(lived),
         "indecision": -_indecision(before, result["outcome"], settings),
@@ -218,7 +220,8 @@ def compute_loss_reward(result: TensorDict, settings: RewardSettings, *, termina
     settled = torch.where(grown, lived["parameters"], 0)
     parts = {
         "loss": paid,
-        "shaping": _LOSS_SHAPING * _shaping(result, settings, terminal),
+        "shaping": _LOSS_SHAPING
+        * _difference(stage_potential(_before_and_after(result), settings.max_epochs), result, settings, terminal),
         "rent": -_rent(settled, loss.rent_weight, _MAX_LOSS_RENT, settings.host_parameters),
         "action": _action(result["before"], result["outcome"], settings),
         "panic": -settings.panic * result["panic"].float(),
@@ -248,17 +251,22 @@ def _twin(result: TensorDict) -> Tensor:
     return twin
 
 
-def _difference(old: Tensor, new: Tensor, result: TensorDict, settings: RewardSettings, terminal: bool) -> Tensor:
-    """gamma Phi(s') - Phi(s) summed over slots `[N, S]`, with Phi(s') = 0 where an episode or a segment ends, and
-    Phi(s) = 0 where a segment begins: the fossils of a host that was taken back were paid for in an earlier one."""
+def _before_and_after(result: TensorDict) -> TensorDict:
+    """The records before and after the step, as far as potentials read them, `[2, N, S]`: seen together they take half
+    the operations."""
+    before, after = result["before"], result["after"]
+    both = {name: torch.stack([before[name], after[name]]) for name in POTENTIAL_FIELDS}
+    return TensorDict(both, batch_size=[2, *before.batch_size])
+
+
+def _difference(potential: Tensor, result: TensorDict, settings: RewardSettings, terminal: bool) -> Tensor:
+    """gamma Phi(s') - Phi(s) summed over slots, of Phi `[2, N, S]` before and after, with Phi(s') = 0 where an episode
+    or a segment ends, and Phi(s) = 0 where a segment begins: the fossils of a host that was taken back were paid for
+    in an earlier one."""
+    old, new = potential
     ended, begun = result["panic"][:, None] | terminal, result["restarted"][:, None]
     change: Tensor = (settings.gamma * torch.where(ended, 0.0, new) - torch.where(begun, 0.0, old)).sum(dim=1)
     return change
-
-
-def _shaping(result: TensorDict, settings: RewardSettings, terminal: bool) -> Tensor:
-    old, new = (stage_potential(result[name], settings.max_epochs) for name in ("before", "after"))
-    return _difference(old, new, result, settings, terminal)
 
 
 def _points(records: TensorDict) -> Tensor:
@@ -293,24 +301,36 @@ def _rent(parameters: Tensor, weight: float, most: float, host_parameters: int |
 
 def _action(before: TensorDict, outcome: TensorDict, settings: RewardSettings) -> Tensor:
     """The price of what was asked for and done; a rejected action pays one penalty, once."""
-    op, success = outcome["op"], outcome["success"]
-    target = torch.arange(before.batch_size[1], device=op.device) == outcome["slot"][:, None]
-
-    def aimed_at(stage: Stage) -> Tensor:
-        hit: Tensor = (target & (before["stage"] == stage)).any(dim=1)
-        return hit
-
-    points = torch.where(target, _points(before), 0.0).sum(dim=1)
-    good = (target & (before["contribution"] >= 0)).any(dim=1)
-    asked = torch.tensor([0.0, settings.cost_germinate, settings.cost_cull, settings.cost_fossilize])
-    refused_fossil = torch.where(aimed_at(Stage.PROBATIONARY), settings.failed_gate, settings.rejected_fossilize)
-    young = (target & gates.in_stage(before, CULLABLE)).any(dim=1)
-    refused_cull = torch.where(young, settings.rejected_young_cull, settings.rejected_cull)
-    refused_cull = torch.where(aimed_at(Stage.FOSSILIZED), settings.rejected_fossil_cull, refused_cull)
-    nothing = torch.zeros_like(points)
-    refused = torch.stack([nothing, nothing + settings.rejected_germinate, refused_cull, refused_fossil])
+    op, slot, n_slots = outcome["op"], outcome["slot"], before.batch_size[1]
+    column = slot.clamp(0, n_slots - 1)[:, None]
+    stage, contribution, points = (
+        value.gather(1, column).squeeze(1) for value in (before["stage"], before["contribution"], _points(before))
+    )
+    stage = torch.where((slot >= 0) & (slot < n_slots), stage, Stage.UNKNOWN)
     kept = settings.fossilize_base + settings.fossilize_scale * points
-    lost = torch.where(good, -(settings.cull_good_base + settings.cull_good_scale * points), nothing)
-    done = torch.stack([nothing, nothing, lost, kept])
-    row = torch.arange(op.shape[0], device=op.device)
-    return torch.where(success, done[op, row], -refused[op, row]) - asked.to(op.device)[op]
+    lost = -(settings.cull_good_base + settings.cull_good_scale * points)
+    done = torch.where(op == Op.FOSSILIZE, kept, torch.where((op == Op.CULL) & (contribution >= 0), lost, 0.0))
+    asked, refused = (torch.tensor(prices, device=op.device) for prices in _prices(settings))
+    return torch.where(outcome["success"], done, -refused[op, stage]) - asked[op]
+
+
+def _prices(settings: RewardSettings) -> tuple[list[float], list[list[float]]]:
+    """What asking for each op costs, and what it costs to be refused it, by the stage of the slot asked for."""
+    stages = range(max(Stage) + 1)
+    cull = [settings.rejected_young_cull if stage in CULLABLE else settings.rejected_cull for stage in stages]
+    cull[Stage.FOSSILIZED] = settings.rejected_fossil_cull
+    fossilize = [settings.rejected_fossilize for _ in stages]
+    fossilize[Stage.PROBATIONARY] = settings.failed_gate
+    refused = {
+        Op.WAIT: [0.0 for _ in stages],
+        Op.GERMINATE: [settings.rejected_germinate for _ in stages],
+        Op.CULL: cull,
+        Op.FOSSILIZE: fossilize,
+    }
+    asked = {
+        Op.WAIT: 0.0,
+        Op.GERMINATE: settings.cost_germinate,
+        Op.CULL: settings.cost_cull,
+        Op.FOSSILIZE: settings.cost_fossilize,
+    }
+    return [asked[op] for op in Op], [refused[op] for op in Op]

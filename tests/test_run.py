@@ -105,7 +105,7 @@ def test_rollouts_are_hosts_by_epochs_with_the_documented_keys() -> None:
     assert bool(rollout["next", "truncated"][:, -1].all())
     assert not bool(rollout["next", "done"][:, :-1].any())
     assert bool(rollout["is_init"][:, 0].all())
-    parts = torch.stack(list(rollout["next", "components"].values())).sum(0)
+    parts = rollout["next", "components"].sum(-1)
     torch.testing.assert_close(parts, rollout["next", "reward"].squeeze(-1), rtol=0, atol=1e-6)
     legal = rollout["mask_op"].gather(-1, rollout["action"][..., 3:]).squeeze(-1)
     assert bool(legal.all())

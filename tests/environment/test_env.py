@@ -10,6 +10,7 @@ from torchrl.envs.utils import check_env_specs
 from engine import tiny_config, tiny_task
 from esper.build import build_env
 from esper.environment.env import GrowthEnv
+from esper.environment.rewards import COMPONENTS
 from esper.growth.executors.stacked import StackedExecutor
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
@@ -65,7 +66,7 @@ def test_a_seed_is_planted_before_the_epoch_and_ages_with_it() -> None:
 def test_a_slot_the_run_does_not_have_is_refused() -> None:
     env = build_env(tiny_config(n_envs=2, slots=["mid"]))
     env.reset()
-    reward = step(env, [0, 0, 0, Op.GERMINATE])["components", "action"]
+    reward = step(env, [0, 0, 0, Op.GERMINATE])["components"][:, COMPONENTS.index("action")]
     assert env.records()["stage"].eq(Stage.DORMANT).all()
     assert bool((reward < 0).all())
 

@@ -15,9 +15,10 @@ from esper.growth.trees import as_tree
 from esper.hosts.transformer import TransformerHost
 from esper.seeds.actions import Op
 from esper.seeds.attribution import interactions, shapley
+from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import LifecycleRules, put
 from esper.seeds.slots import LAYOUT
-from esper.seeds.stages import Stage
+from esper.seeds.stages import BLENDED, Stage
 from esper.values import changed
 from tiny import Run, action, differing, flat, images, tiny_spec
 
@@ -139,7 +140,7 @@ def test_contributions_and_their_standard_errors(name, executor):
     spec = SPECS[name]
     growth = grown(spec)
     plan = make_plan(growth["slots"], spec)
-    value, error = contributions(plan, score(spec, growth, executor))
+    value, error = contributions(in_stage(growth["slots"], BLENDED), score(spec, growth, executor))
     for i in range(N):
         live = live_slots(plan[i])
         everyone = sum(1 << j for j in live)

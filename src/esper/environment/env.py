@@ -103,7 +103,7 @@ class GrowthEnv(EnvBase):
             mask_blend=flags(len(BLENDS)),
             key=number(dtype=torch.int64),
             is_init=flags(1),
-            components=Composite({name: number() for name in COMPONENTS}, shape=(n,), device=device),
+            components=number(len(COMPONENTS)),
             shape=(n,),
             device=device,
         )
@@ -186,7 +186,7 @@ class GrowthEnv(EnvBase):
                 "tracker": tracker,
                 "episode": self.state["episode"],
                 "epoch": torch.tensor(epoch),
-                "components": paid.select(*COMPONENTS),
+                "components": torch.stack([paid[name] for name in COMPONENTS], dim=1),
                 **({} if twin is None else {"twin": twin}),
             }
         )
@@ -240,7 +240,7 @@ class GrowthEnv(EnvBase):
                 "tracker": tracker,
                 "episode": torch.tensor(episode),
                 "epoch": torch.tensor(0),
-                "components": TensorDict({name: torch.zeros(n) for name in COMPONENTS}, batch_size=[n]),
+                "components": torch.zeros(n, len(COMPONENTS)),
                 **({"twin": unknown} if self.settings.twins else {}),
             }
         )

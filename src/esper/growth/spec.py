@@ -83,6 +83,8 @@ class GrowthSpec:
     def parameters_of(self, keys: Tensor) -> Tensor:
         """Trainable parameters of the ungrown hosts with `keys` `[N]`, dead ones not counted; int64 `[N]` on the
         CPU."""
+        if len(self.shapes) == 1:
+            return torch.full(keys.shape, self.host_parameters)
         return torch.tensor([spec.host_parameters for spec in self.shapes])[self.shape_of(keys)]
 
     def seed_parameters_of(self, keys: Tensor) -> Tensor:

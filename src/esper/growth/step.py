@@ -21,13 +21,15 @@ from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
 from esper.growth.governor import govern, take_snapshot
-from esper.growth.plan import Plan, live_slots, make_plan
+from esper.growth.plan import Plan, make_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
 from esper.keys import Purpose
 from esper.seeds import bank
+from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import apply_action, record_epoch, tick
 from esper.seeds.nursery import Nursery
+from esper.seeds.stages import BLENDED
 from esper.values import changed, finite_rows, joined
 
 
@@ -146,9 +148,9 @@ def run_epoch(
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
     done, results, standing = [], [], []
-    for shard, g, plan, outcome, sound in zip(shards, trained, plans, outcomes, finite, strict=True):
+    for shard, g, outcome, sound in zip(shards, trained, outcomes, finite, strict=True):
         rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
-        contribution, error = contributions(plan, scores[rows])
+        contribution, error = contributions(in_stage(g["slots"], BLENDED), scores[rows])
         lived = record_epoch(
             g["slots"],
             metrics["val_accuracy"][rows],
@@ -257,12 +259,11 @@ def evaluate(
     return joined([s.executor.finish_evaluation(c) for s, c in zip(shards, carries, strict=True)])
 
 
-def contributions(plan: Plan, scores: TensorDict) -> tuple[Tensor, Tensor]:
-    """What each live slot adds: accuracy of all live slots minus accuracy without it, `[N, S]` percentage points, and
-    its paired standard error over samples. Slots that are not live are nan."""
+def contributions(live: Tensor, scores: TensorDict) -> tuple[Tensor, Tensor]:
+    """What each slot in `live` bool `[N, S]` adds: accuracy of all live slots minus accuracy without it, `[N, S]`
+    percentage points, and its paired standard error over samples. Slots that are not live are nan."""
     correct, seen = scores["correct"].double(), scores["seen"].double()[:, None]
-    n_slots = scores["differ"].shape[1]
-    live = torch.tensor([[j in slots for j in range(n_slots)] for slots in map(live_slots, plan)])
+    n_slots = live.shape[1]
     # A coalition with slots that are not live counts as the one without them, so the last one is everybody.
     without = correct[:, (2**n_slots - 1) - (1 << torch.arange(n_slots))]
     gain = (correct[:, -1:] - without) / seen

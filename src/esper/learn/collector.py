@@ -54,6 +54,11 @@ class BatchFirstCollector(Collector):
             total_frames=rollouts * n_hosts * env.spec.rules.max_epochs,
             track_traj_ids=False,
             split_trajs=False,
+            # Every step is a TensorDict of its own, neither copied into a buffer nor out of it again, and nothing in it
+            # is on its way between devices.
+            use_buffers=False,
+            return_same_td=True,
+            no_cuda_sync=True,
             exploration_type=exploration,
             **options,
         )

@@ -178,12 +178,7 @@ def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
     """Zero everything in the slots where `removed` `[N, S]`."""
     if not removed.any():
         return bank
-
-    params, moments = bank["params"].clone(), bank["moments"].clone()
-    for j, slot in enumerate(layout.slots):
-        hosts = removed[:, j].nonzero().squeeze(1)
-        if hosts.numel() > 0:
-            rows = hosts.to(params.device)
-            for matrix in (params, moments):
-                matrix[:, layout.columns(slot)].index_fill_(0, rows, 0)
-    return changed(bank, params=params, moments=moments)
+    there = removed.to(bank["params"].device)
+    widths = [columns.stop - columns.start for columns in map(layout.columns, layout.slots)]
+    gone = torch.cat([there[:, j, None].expand(-1, width) for j, width in enumerate(widths)], dim=1)
+    return changed(bank, **{name: matrix.masked_fill(gone, 0) for name, matrix in bank.items()})

@@ -23,7 +23,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
-from torch import Tensor
 
 from esper.config import TrainingConfig
 from esper.control.recorded import RecordedPolicy
@@ -200,8 +199,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
     def start(spec: Any, *args: Any) -> TensorDict:
         return fill(spec, fresh_growth(spec, *args), "half")
 
-    def observe(env: GrowthEnv, state: TensorDict, is_init: Tensor) -> TensorDict:
-        return masked(env, state, observing(env, state, is_init))
+    def observe(env: GrowthEnv, state: TensorDict, *told: Any) -> TensorDict:
+        return masked(env, state, observing(env, state, *told))
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -6,7 +6,7 @@ so saving the state saves the environment exactly. Hosts and seeds never enter t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -147,10 +147,8 @@ class GrowthEnv(EnvBase):
             self.settle()
             self.state = self._fresh(self.episode + 1)
             asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        observed = self._observe(self.state, asked.reshape(*self.batch_size, 1))
-        for name in ("done", "terminated", "truncated"):
-            observed[name] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        return observed
+        asked = asked.reshape(*self.batch_size, 1)
+        return self._observe(self.state, asked, _ended(torch.zeros_like(asked), False))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         if self.state is None:
@@ -192,12 +190,9 @@ class GrowthEnv(EnvBase):
         )
         if last:
             self.finished = self.state
-        terminated = result["panic"] | (last and self.settings.terminal_end)
-        observed = self._observe(self.state, torch.zeros(*self.batch_size, 1, dtype=torch.bool))
-        observed["reward"] = paid["total"].unsqueeze(-1).to(self.device)
-        observed["terminated"] = terminated.unsqueeze(-1).to(self.device)
-        observed["truncated"] = torch.full_like(observed["terminated"], last) & ~observed["terminated"]
-        observed["done"] = observed["terminated"] | observed["truncated"]
+        terminated = (result["panic"] | (last and self.settings.terminal_end)).unsqueeze(-1)
+        ending = {"reward": paid["total"].unsqueeze(-1), **_ended(terminated, last)}
+        observed = self._observe(self.state, torch.zeros_like(terminated), ending)
         if self.observer is not None:
             result["action"], result["reward"], result["components"] = action, paid["total"], paid
             self.later(partial(self.observer, result))
@@ -273,7 +268,8 @@ class GrowthEnv(EnvBase):
         """Slot records `[N, S]` of all hosts, on the CPU."""
         return joined([g["slots"] for g in self.growth()])
 
-    def _observe(self, state: TensorDict, is_init: Tensor) -> TensorDict:
+    def _observe(self, state: TensorDict, is_init: Tensor, ending: Mapping[str, Tensor]) -> TensorDict:
+        """Everything a controller and a learner are told, `[N]`; `ending` are flags and, after a step, its reward."""
         records = self.records()
         settings = replace(self.settings.observation, host_parameters=self.host_parameters())
         masks = action_masks(records, settings)
@@ -285,10 +281,17 @@ class GrowthEnv(EnvBase):
                 "key": k.fold(keys, Purpose.POLICY, int(state["epoch"])),
                 "is_init": is_init,
                 "components": state["components"],
+                **ending,
             },
             batch_size=self.batch_size,
         )
         return observed.to(self.device)
+
+
+def _ended(terminated: Tensor, last: bool) -> dict[str, Tensor]:
+    """The flags `[N, 1]` of hosts whose segment ended, `terminated`, in the `last` epoch of an episode or not."""
+    truncated = ~terminated if last else torch.zeros_like(terminated)
+    return {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
 
 
 def episode_keys(seed: int, episode: int, n_hosts: int) -> Tensor:

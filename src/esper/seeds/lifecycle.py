@@ -257,7 +257,17 @@ def _walk_tail(records: TensorDict, embargo_epochs: int) -> TensorDict:
     fresh, waiting = records["stage"] == Stage.CULLED, records["stage"] == Stage.EMBARGOED
     records = put(_enter(records, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
     records = put(records, waiting, embargo=records["embargo"] - 1)
-    return clear(records, (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0))
+    over = (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0)
+    # All else was emptied when the seed went.
+    return put(
+        records,
+        over,
+        stage=Stage.DORMANT,
+        previous_stage=Stage.UNKNOWN,
+        epochs_in_stage=0,
+        previous_epochs_in_stage=0,
+        embargo=0,
+    )
 
 
 def seed_parameters(

@@ -44,6 +44,7 @@ MEASURED, AT_MOST = 2, 8
 
 PARTS = (
     (step, "train", "training"),
+    (step, "finite_parts", "finite"),
     (step, "evaluate", "scoring"),
     (RecordedPolicy, "forward", "controller"),
     (Learner, "learn", "update"),
@@ -222,8 +223,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
     within = sorted(within[-MEASURED * (epochs - 1) :])
     spent = {part: sum(seconds for at, seconds in spans if began <= at < ended) for part, spans in clock.spent.items()}
     spent["data"] = clock.data * count
-    # Scoring is issued while training still runs, so the two cannot be told apart from outside.
-    spent["training and scoring"] = spent.pop("training") + spent.pop("scoring") - spent["data"]
+    # All three are issued while training still runs, so they cannot be told apart from outside.
+    spent["training and scoring"] = sum(spent.pop(part) for part in ("training", "finite", "scoring")) - spent["data"]
     share = {part: seconds / wall for part, seconds in spent.items()}
     share["lifecycle and rest"] = 1.0 - sum(share.values())
     row |= {

@@ -30,6 +30,7 @@ from esper.engine import Engine, Progress, observer
 from esper.environment.env import GrowthEnv, Observer
 from esper.errors import InputError, RunStopped
 from esper.events import EventLog, Summary
+from esper.garbage import collected_meanwhile
 from esper.learn.collector import BatchFirstCollector
 from esper.learn.learner import Learner
 from esper.learn.normalizers import reward_scale
@@ -129,7 +130,10 @@ def train(
                 forget_after(run_dir, engine.moment().step)
                 events.rewind(engine.events.step)
             store.save(engine.moment())
-            with leaving(lambda: _save_now(engine, store), farewell) if farewell else nullcontext():
+            with (
+                collected_meanwhile(engine.env),
+                leaving(lambda: _save_now(engine, store), farewell) if farewell else nullcontext(),
+            ):
                 try:
                     _loop(engine, store, progress)
                 except KeyboardInterrupt:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def changed(value: TensorDict, **entries: Any) -> TensorDict:
-    """A TensorDict that differs from `value` in some entries of its first level and shares all others.
+    """A TensorDict that differs from `value` in some entries of its first level, or has some more, and shares all
+    others.
 
-    `entries` have the shapes of what they replace. They are not checked: looking at every entry again takes 60
+    `entries` have the batch size of `value`. They are not checked: looking at every entry again takes 60
     microseconds of the 70 that a change of slot records would take, of which an epoch makes dozens.
     """
     return TensorDict._new_unsafe({**dict(value.items()), **entries}, batch_size=value.batch_size, device=value.device)

@@ -29,7 +29,7 @@ from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS
-from esper.values import joined
+from esper.values import changed, joined
 
 Observer = Callable[[TensorDict], None]
 """Told what happened in every step, for telemetry; must not change it. See `GrowthEnv.later` for when."""
@@ -165,18 +165,20 @@ class GrowthEnv(EnvBase):
             # What happened before is told all the same.
             self.settle()
             raise
-        result["replaced"] = self.backend.replaced()
-        unsettled = ~tracker["stabilized"]
-        tracker = self.settings.tracker.update(tracker, result["metrics"])
-        result["stabilized"] = tracker["stabilized"] & unsettled
         epoch = self.epoch + 1
         last = epoch >= self.spec.rules.max_epochs
-        result["tracker"] = tracker
-        if twin is not None:
-            result["twin"] = twin[:, epoch - 1 : epoch + 1]
+        unsettled = ~tracker["stabilized"]
+        tracker = self.settings.tracker.update(tracker, result["metrics"])
         prices = replace(self.settings.reward, host_parameters=self.host_parameters())
-        result["host_parameters"] = prices.host_parameters
-        result["param_budget"] = torch.as_tensor(prices.budget).expand(self.batch_size)
+        result = changed(
+            result,
+            replaced=self.backend.replaced(),
+            stabilized=tracker["stabilized"] & unsettled,
+            tracker=tracker,
+            host_parameters=prices.host_parameters,
+            param_budget=torch.as_tensor(prices.budget).expand(self.batch_size),
+            **({} if twin is None else {"twin": twin[:, epoch - 1 : epoch + 1]}),
+        )
         paid = reward(result, prices, terminal=last)
         self.state = TensorDict(
             {
@@ -194,8 +196,8 @@ class GrowthEnv(EnvBase):
         ending = {"reward": paid["total"].unsqueeze(-1), **_ended(terminated, last)}
         observed = self._observe(self.state, torch.zeros_like(terminated), ending)
         if self.observer is not None:
-            result["action"], result["reward"], result["components"] = action, paid["total"], paid
-            self.later(partial(self.observer, result))
+            told = changed(result, action=action, reward=paid["total"], components=paid)
+            self.later(partial(self.observer, told))
         if last:
             self.settle()
         return observed

@@ -183,7 +183,9 @@ def sparse_reward(result: TensorDict, settings: RewardSettings, *, terminal: boo
     parts = {"panic": -settings.panic * result["panic"].float()}
     if terminal:
         extra = result["after"]["parameters"].sum(dim=1)
-        reached = result["tracker", "val_accuracy"] - _twin(result)[:, 1]
+        reached = result["tracker", "val_accuracy"]
+        if "twin" in result.keys():  # noqa: SIM118
+            reached = reached - result["twin"][:, 1]
         points = objective(reached, extra, settings.budget, settings.param_penalty_weight)
         parts["objective"] = settings.sparse_reward_scale * (points / 100.0).clamp(-1.0, 1.0)
     return _sum_up(parts, result)
@@ -239,16 +241,12 @@ def _sum_up(parts: Mapping[str, Tensor], result: TensorDict) -> TensorDict:
 
 def _objective_change(result: TensorDict, settings: RewardSettings) -> Tensor:
     tracker = result["tracker"]
-    twin = _twin(result).double()
-    gain = tracker["val_accuracy"].double() - tracker["previous_val_accuracy"].double() - (twin[:, 1] - twin[:, 0])
+    gain = tracker["val_accuracy"].double() - tracker["previous_val_accuracy"].double()
+    if "twin" in result.keys():  # noqa: SIM118
+        twin = result["twin"].double()
+        gain = gain - (twin[:, 1] - twin[:, 0])
     grown = result["after", "parameters"].sum(dim=1) - result["before", "parameters"].sum(dim=1)
     return objective(gain, grown, settings.budget, settings.param_penalty_weight).float()
-
-
-def _twin(result: TensorDict) -> Tensor:
-    """Accuracies `[N, 2]` to subtract; zeros for hosts without twins."""
-    twin: Tensor = result.get("twin", torch.zeros(result.batch_size[0], 2))
-    return twin
 
 
 def _before_and_after(result: TensorDict) -> TensorDict:

@@ -224,11 +224,10 @@ def govern(
         metrics = choose(panic, restored["snapshot", "metrics"], metrics)
     restored = take_snapshot(restored, layout, metrics, due)
     occupied = in_stage(growth["slots"], stages.OCCUPIED)
-    report = governor.select("reason", "loss", "threshold", "consecutive").update(
-        {
-            "panic": panic,
-            "restored_epoch": restored["governor", "restored_epoch"],
-            "dropped": occupied & ~in_stage(restored["slots"], stages.OCCUPIED),
-        }
+    report = changed(
+        governor.select("reason", "loss", "threshold", "consecutive"),
+        panic=panic,
+        restored_epoch=restored["governor", "restored_epoch"],
+        dropped=occupied & ~in_stage(restored["slots"], stages.OCCUPIED),
     )
     return restored, metrics, report

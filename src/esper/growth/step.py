@@ -132,15 +132,20 @@ def run_epoch(
     trained, measured = train(spec, shards, settings, acted, plans, epoch)
     finite = [finite_parts(spec, g) for g in trained]
     measurements = TensorDict()
+    gradients: list[TensorDict] = []
 
     def while_scoring() -> None:
-        nonlocal measurements
+        nonlocal measurements, gradients
         meanwhile()
         for shard, g in zip(shards, trained, strict=True):
             if shard.nursery is not None:
                 shard.nursery.draw(g["seeds"], g["slots"], g["key"])
         # Training is over long before scoring is, and reading what it measured takes a while.
         measurements = measured()
+        gradients = [
+            _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[s.hosts])
+            for s, g in zip(shards, trained, strict=True)
+        ]
 
     scores = evaluate(shards, trained, plans, settings, "validation", while_scoring)
     metrics = _metrics(scores)
@@ -148,7 +153,7 @@ def run_epoch(
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
     done, results, standing = [], [], []
-    for shard, g, outcome, sound in zip(shards, trained, outcomes, finite, strict=True):
+    for shard, g, outcome, sound, gradient in zip(shards, trained, outcomes, finite, gradients, strict=True):
         rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
         contribution, error = contributions(in_stage(g["slots"], BLENDED), scores[rows])
         lived = record_epoch(
@@ -156,7 +161,7 @@ def run_epoch(
             metrics["val_accuracy"][rows],
             contribution,
             error,
-            _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[rows]),
+            gradient,
             sound_seeds,
         )
         g = changed(g, slots=lived, epoch=g["epoch"] + 1)
@@ -178,10 +183,8 @@ def run_epoch(
             "governor": report,
         }
         results.append(TensorDict(parts, batch_size=[shard.size]))
-    result = joined(results)
-    result["before"], result["metrics"] = joined(before), joined(standing)
-    result["restarted"] = torch.cat(restarted)
-    return done, result
+    also = {"before": joined(before), "metrics": joined(standing), "restarted": torch.cat(restarted)}
+    return done, changed(joined(results), **also)
 
 
 def act(

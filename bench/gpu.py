@@ -12,6 +12,7 @@
 | steps | forward, backward and SGD of all hosts on one batch each, without seeds and with mixed ones |
 | coalitions | all eight coalitions of three live slots against one pass of the same hosts, and of hosts without seeds |
 | whole | whole runs in a steady state (`whole.py`), and an epoch of the plain loop |
+| telemetry | whole runs without the events of their steps and with them |
 | scaling | whole runs with 64 hosts a device, on one device and on two |
 | profile | kernels of a mixed step |
 
@@ -341,6 +342,14 @@ def whole(bench: Bench, row: Row) -> None:
     _beside(row, len(hosts) * _images(bench) / (time.perf_counter() - start))
 
 
+def telemetry(bench: Bench, row: Row) -> None:
+    """Whole runs that tell nothing of their steps, runs that do, and the share of the wall time that this takes."""
+    for name, told in (("silent", False), ("told", True)):
+        row[name] = {}
+        _run(bench, row[name], row["n"], row["amp"], [str(bench.device)], told)
+    row["events_share"] = 1.0 - row["told"]["images_per_second"] / row["silent"]["images_per_second"]
+
+
 def scaling(bench: Bench, row: Row) -> None:
     """Whole runs with as many hosts on every device, on one device and on two."""
     for count in (1, 2):
@@ -350,9 +359,9 @@ def scaling(bench: Bench, row: Row) -> None:
     row["ratio"] = row["on_2"]["images_per_second"] / row["on_1"]["images_per_second"]
 
 
-def _run(bench: Bench, row: Row, n: int, amp: str, devices: list[str]) -> None:
+def _run(bench: Bench, row: Row, n: int, amp: str, devices: list[str], told: bool = True) -> None:
     assert len(bench.splits.train)  # registers the task
-    runs.measure(row, TASK, n, amp, devices, bench.epochs)
+    runs.measure(row, TASK, n, amp, devices, bench.epochs, told)
     row["images_per_second"] = _images(bench) * row["env_epochs_per_second"]
 
 
@@ -400,6 +409,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Row], None], tuple[str, ...]]] = {
     "steps": (steps, ("host", "n", "amp", "cells")),
     "coalitions": (coalitions, ("n", "amp")),
     "whole": (whole, ("n", "amp")),
+    "telemetry": (telemetry, ("n", "amp")),
     "scaling": (scaling, ("amp",)),
     "profile": (profile, ("n", "amp")),
 }

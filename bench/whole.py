@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 
+from esper import engine
 from esper.config import TrainingConfig
 from esper.control.recorded import RecordedPolicy
 from esper.data.batches import SharedBatchIterator
@@ -174,8 +175,9 @@ def hold(env: GrowthEnv, state: TensorDict, observed: TensorDict) -> TensorDict:
     return observed
 
 
-def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str], epochs: int) -> None:
-    """Fill `row` with what one run of `n` hosts and `epochs` epochs an episode shows."""
+def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str], epochs: int, told: bool) -> None:
+    """Fill `row` with what one run of `n` hosts and `epochs` epochs an episode shows; with `told` the events of its
+    steps are written, as in any run."""
     config = TrainingConfig(
         task=task,
         slots=["early", "mid", "late"],
@@ -210,6 +212,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
         stack.enter_context(patch.object(step, "fresh_growth", start))
         stack.enter_context(patch.object(GrowthEnv, "_observe", observe))
         stack.enter_context(patch.object(GrowthEnv, "_step", clock.stepped(GrowthEnv._step)))
+        if not told:
+            stack.enter_context(patch.object(engine, "record_step", lambda *step: None))
         stack.callback(stop.set)
         if cuda:
             threading.Thread(target=sample, daemon=True).start()

@@ -45,6 +45,7 @@ def test_every_section_gives_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         *["steps"] * 2,
         "coalitions",
         "whole",
+        "telemetry",
         "scaling",
         "profile",
     ]
@@ -53,11 +54,17 @@ def test_every_section_gives_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["steps"]["ratio"] == found["steps"]["images_per_second"] / found["steps"]["plain_images_per_second"]
     # Not which of them is larger: at this size they are as near as the machine's noise.
     assert min(found["coalitions"][name] for name in ("bare_ms", "eight_ms", "one_ms", "one_estimated_ms")) > 0.0
-    for measured in (found["whole"], found["scaling"]["on_1"], found["scaling"]["on_2"]):
+    for measured in (
+        found["whole"],
+        *(found["telemetry"][name] for name in ("silent", "told")),
+        *(found["scaling"][name] for name in ("on_1", "on_2")),
+    ):
         assert measured["recorded_after_warm_up"] == 0
         assert measured["filled"] == 0.5
         assert sum(measured["share"].values()) == pytest.approx(1.0)
         assert all(share > 0.0 for share in measured["share"].values())
+    shares = [found["telemetry"][name]["share"]["events"] for name in ("silent", "told")]
+    assert shares[0] < shares[1], "nothing of a step is written"
     assert found["profile"]["ms"] == pytest.approx(sum(found["profile"]["group_ms"].values()))
 
 

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from esper.checkpoint.tensors import like
 from esper.environment.env import GrowthEnv
@@ -25,9 +25,8 @@ class BatchFirstCollector(Collector):
     One rollout is one episode of every host: `T` is the run's `max_epochs`. A policy that carries state offers
     `make_tensordict_primer()`, whose keys then start at zero at every reset.
 
-    Underneath, TorchRL hands over single steps, so that a rollout can be left and taken up again between any two of
-    them: `between` is called there, `position` is the value to keep and `go_on` takes it up. Raises ValueError for
-    fewer than one rollout.
+    A rollout can be left and taken up again between any two of its steps: `between` is called there, `position` is the
+    value to keep and `go_on` takes it up. Raises ValueError for fewer than one rollout.
     """
 
     _carrier: TensorDictBase
@@ -50,11 +49,11 @@ class BatchFirstCollector(Collector):
         super().__init__(
             whole,
             policy,
-            frames_per_batch=n_hosts,
+            frames_per_batch=n_hosts * env.spec.rules.max_epochs,
             total_frames=rollouts * n_hosts * env.spec.rules.max_epochs,
             track_traj_ids=False,
             split_trajs=False,
-            # Every step is a TensorDict of its own, neither copied into a buffer nor out of it again, and nothing in it
+            # Rollouts are TensorDicts of their own: nothing is copied into a buffer and out of it again, and nothing
             # is on its way between devices.
             use_buffers=False,
             return_same_td=True,
@@ -68,19 +67,29 @@ class BatchFirstCollector(Collector):
         self._given = tuple(self._carrier.keys(include_nested=True, leaves_only=True))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        for step in super().__iter__():
-            self._steps.append(step)
-            if len(self._steps) == self.growth_env.spec.rules.max_epochs:
-                rollout, self._steps = torch.cat(self._steps, 1), []
-                yield rollout.to(self.growth_env.device)
-            elif self.between is not None:
-                self.between()
+        for rollout in super().__iter__():
+            yield rollout.to(self.growth_env.device)
+
+    @torch.no_grad()
+    def rollout(self) -> TensorDictBase:
+        """What is left of the present episode, and with what has been collected of it the whole, `[N, T]`."""
+        epochs = self.growth_env.spec.rules.max_epochs
+        with set_exploration_type(self.exploration_type):
+            while True:
+                step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
+                self._steps.append(step)
+                if len(self._steps) == epochs:
+                    break
+                if self.between is not None:
+                    self.between()
+        steps, self._steps = self._steps, []
+        return torch.stack(steps, 1)
 
     def position(self) -> Callable[[], TensorDict]:
         """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the
         policy sees next, and `rollout` `[N, t]`, the steps of the present episode (empty at its start)."""
         carrier, steps = self._carrier.select(*self._given), list(self._steps)
-        return lambda: TensorDict({"carrier": carrier, "rollout": torch.cat(steps, 1) if steps else TensorDict()})
+        return lambda: TensorDict({"carrier": carrier, "rollout": torch.stack(steps, 1) if steps else TensorDict()})
 
     def go_on(self, position: TensorDict, rollouts: int) -> None:
         """Take up collecting at `position`, after `rollouts` whole ones.
@@ -96,9 +105,9 @@ class BatchFirstCollector(Collector):
                 raise ValueError(f"rollout: {list(rollout.batch_size)}; must be {list(shape)}")
             like(rollout[:, -1], self._step_template(carrier))
         self._carrier = carrier
-        self._steps = [] if rollout.is_empty() else list(rollout.to(self.growth_env.device).split(1, 1))
-        done = rollouts * self.growth_env.spec.rules.max_epochs + len(self._steps)
-        self.load_state_dict({"frames": done * carrier.batch_size.numel(), "iter": done - 1}, strict=False)
+        self._steps = [] if rollout.is_empty() else list(rollout.to(self.growth_env.device).unbind(1))
+        frames = rollouts * carrier.batch_size.numel() * self.growth_env.spec.rules.max_epochs
+        self.load_state_dict({"frames": frames, "iter": rollouts - 1}, strict=False)
 
     def _step_template(self, carrier: TensorDict) -> TensorDictBase:
         """What a step of a rollout looks like, `[N]`."""

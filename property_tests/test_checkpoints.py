@@ -70,10 +70,8 @@ class Place:
         self.config = config
 
     def _advance(self) -> None:
-        for step in super(BatchFirstCollector, self.engine.collector).__iter__():
-            self.engine.collector._steps.append(step)
-            self.engine.mark()
-            return
+        self.engine.collector.advance()
+        self.engine.mark()
 
     def fresh(self) -> Path:
         shutil.rmtree(self.run_dir, ignore_errors=True)

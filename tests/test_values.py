@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esper.values import finite_rows, put_rows
+from esper.values import constant, finite_rows, put_rows
 
 
 def test_rows_are_replaced_in_a_copy() -> None:
@@ -35,3 +35,12 @@ def test_a_row_is_finite_if_all_its_numbers_are(broken: float) -> None:
     single[0] = broken
     wide[2, 1, 3] = broken
     assert finite_rows([single, wide]).tolist() == [[False, True], [True, True], [True, False]]
+
+
+def test_a_constant_is_a_number_of_the_type_asked_for_and_made_once() -> None:
+    cpu, nan = torch.device("cpu"), math.nan
+    found = [constant(value, dtype, cpu) for value, dtype in ((1, torch.int64), (1, torch.bool), (1, torch.float32))]
+    assert [(one.item(), one.dtype) for one in found] == [(1, torch.int64), (True, torch.bool), (1.0, torch.float32)]
+    assert constant(1, torch.int64, cpu) is found[0]
+    assert constant(nan, torch.float32, cpu) is constant(nan, torch.float32, cpu)
+    assert constant(nan, torch.float32, cpu).isnan()

@@ -70,20 +70,22 @@ class BatchFirstCollector(Collector):
         for rollout in super().__iter__():
             yield rollout.to(self.growth_env.device)
 
-    @torch.no_grad()
     def rollout(self) -> TensorDictBase:
-        """What is left of the present episode, and with what has been collected of it the whole, `[N, T]`."""
-        epochs = self.growth_env.spec.rules.max_epochs
-        with set_exploration_type(self.exploration_type):
-            while True:
-                step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
-                self._steps.append(step)
-                if len(self._steps) == epochs:
-                    break
-                if self.between is not None:
-                    self.between()
+        """Collect what is left of the present episode; returns the whole of it, `[N, T]`."""
+        self.advance()
+        while len(self._steps) < self.growth_env.spec.rules.max_epochs:
+            if self.between is not None:
+                self.between()
+            self.advance()
         steps, self._steps = self._steps, []
         return torch.stack(steps, 1)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Collect one step of all hosts."""
+        with set_exploration_type(self.exploration_type):
+            step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
+        self._steps.append(step)
 
     def position(self) -> Callable[[], TensorDict]:
         """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the

@@ -18,7 +18,7 @@ from esper.seeds import blending, gates, stages
 from esper.seeds.actions import BLEND, BLUEPRINT, OP, SLOT, Op
 from esper.seeds.slots import emptied
 from esper.seeds.stages import Stage
-from esper.values import changed
+from esper.values import changed, constant
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ def put(records: TensorDict, mask: Tensor, **values: Tensor | float | int | bool
     written = {}
     for name, value in values.items():
         old = records[name]
-        written[name] = (
-            torch.where(mask, value.to(old.dtype), old) if isinstance(value, Tensor) else old.masked_fill(mask, value)
-        )
+        new = value.to(old.dtype) if isinstance(value, Tensor) else constant(value, old.dtype, old.device)
+        written[name] = torch.where(mask, new, old)
     return changed(records, **written)
 
 

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from esper.seeds.stages import Stage
-from esper.values import changed
+from esper.values import changed, constant
 
 LAYOUT = ("early", "mid", "late")
 """The policy's fixed three-slot layout; hosts may offer any number of slots under any names."""
@@ -52,7 +52,11 @@ _FIELDS: dict[str, tuple[torch.dtype, float]] = {
 
 def emptied(records: TensorDict, mask: Tensor) -> TensorDict:
     """Records whose slots in `mask` `[N, S]` hold nothing; only the number of seeds ever planted survives."""
-    kept = {name: records[name].masked_fill(mask, value) for name, (_, value) in _FIELDS.items() if name != "planted"}
+    kept = {
+        name: torch.where(mask, constant(value, dtype, mask.device), records[name])
+        for name, (dtype, value) in _FIELDS.items()
+        if name != "planted"
+    }
     return changed(records, **kept)
 
 

@@ -35,7 +35,7 @@ def test_writing_waits_for_what_was_given_before_and_not_for_what_comes_after(
         torch.cuda._sleep(_LONG // 4)
         value = value + 1.0
         store.save(Snapshot(0, {"part": TensorDict({"value": value})}))
-        torch.cuda._sleep(4 * _LONG)
+        torch.cuda._sleep(12 * _LONG)  # other processes may keep the card and the disk busy
         after = torch.cuda.current_stream().record_event()
         working.set()
         store.finish()

@@ -12,6 +12,7 @@ import torch
 from engine import run, tiny_config, tiny_task
 from esper.build import build_controller, build_env
 from esper.config import TrainingConfig
+from esper.environment.env import GrowthEnv
 from esper.learn.collector import BatchFirstCollector
 from esper.run import build_learner, train
 from esper.seeds.stages import TRANSITIONS, Stage
@@ -109,6 +110,13 @@ def test_rollouts_are_hosts_by_epochs_with_the_documented_keys() -> None:
     torch.testing.assert_close(parts, rollout["next", "reward"].squeeze(-1), rtol=0, atol=1e-6)
     legal = rollout["mask_op"].gather(-1, rollout["action"][..., 3:]).squeeze(-1)
     assert bool(legal.all())
+
+
+def test_rollouts_of_gpus_are_paid_when_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, usual = rollout_of()
+    monkeypatch.setattr(GrowthEnv, "overlaps", True)
+    _, rollout = rollout_of()
+    assert all(torch.equal(part, usual[name]) for name, part in rollout.items(True, True))
 
 
 def test_only_legal_edges_happen_and_they_are_logged(tmp_path) -> None:

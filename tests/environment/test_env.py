@@ -154,3 +154,28 @@ def test_on_a_cpu_observers_are_told_at_once() -> None:
     for epoch in (1, 2, 3):
         step(env, [0, 0, 0, Op.WAIT])
         assert told[-1] == len(told) == epoch
+
+
+def test_with_gpus_a_step_is_paid_at_once_unless_it_may_be_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GrowthEnv, "overlaps", True)
+    now, later = (build_env(tiny_config(n_envs=2)) for _ in range(2))
+    for env in (now, later):
+        env.reset()
+    action = [1, 0, 0, Op.GERMINATE]
+    paid = step(now, action)
+    with later.paid_later():
+        owed = step(later, action)
+    assert paid["reward"].isfinite().all()
+    assert owed["reward"].isnan().all()
+    assert owed["components"].isnan().all()
+    later.settle()
+    assert torch.equal(owed["reward"], paid["reward"])
+    assert torch.equal(owed["components"], paid["components"])
+    assert step(later, action)["reward"].isfinite().all(), "that was for one block"
+
+
+def test_without_gpus_nothing_is_owed() -> None:
+    env = build_env(tiny_config(n_envs=2))
+    env.reset()
+    with env.paid_later():
+        assert step(env, [0, 0, 0, Op.WAIT])["reward"].isfinite().all()

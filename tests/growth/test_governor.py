@@ -11,6 +11,7 @@ from esper.growth.governor import (
     GovernorSettings,
     Reason,
     check,
+    expect,
     fresh_governor,
     history_epochs,
     take_snapshot,
@@ -28,7 +29,7 @@ def watched(losses, settings=TEN):
     """A governor of one host that has seen `losses`, and the panics on the way."""
     governor, panics = fresh_governor(1, settings), []
     for loss in losses:
-        governor, panic = check(governor, torch.tensor([float(loss)]), settings)
+        governor, panic = check(governor, torch.tensor([float(loss)]), settings, expect(governor, settings))
         panics.append(bool(panic))
     return governor, panics
 
@@ -92,7 +93,7 @@ def test_the_window_holds_the_last_twenty_losses():
 def test_hosts_are_judged_one_by_one():
     governor = fresh_governor(3, TEN)
     for losses in ([1.0, 1.0, 1.0], [math.nan, 1.0, 20.0], [1.0, math.inf, 20.0], [1.0, 1.0, 20.0]):
-        governor, panic = check(governor, torch.tensor(losses), TEN)
+        governor, panic = check(governor, torch.tensor(losses), TEN, expect(governor, TEN))
     assert panic.tolist() == [False, False, True]
     assert governor["reason"].tolist() == [Reason.NORMAL, Reason.NORMAL, Reason.ABSURD_LOSS]
 

@@ -6,7 +6,8 @@ so saving the state saves the environment exactly. Hosts and seeds never enter t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +25,7 @@ from esper.environment.rewards import COMPONENTS, RewardSettings, reward
 from esper.environment.signals import SignalTracker
 from esper.environment.twin import twin_accuracies
 from esper.growth.backend import Backend
+from esper.growth.executors.seating import upload
 from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
@@ -83,6 +85,7 @@ class GrowthEnv(EnvBase):
         self.state: TensorDict | None = None
         self.finished: TensorDict | None = None
         self._outstanding: list[Callable[[], None]] = []
+        self._paid_later = False
         self._layout = torch.tensor([spec.slots.index(name) if name in spec.slots else -1 for name in LAYOUT])
         self._make_specs()
 
@@ -148,7 +151,8 @@ class GrowthEnv(EnvBase):
             self.state = self._fresh(self.episode + 1)
             asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         asked = asked.reshape(*self.batch_size, 1)
-        return self._observe(self.state, asked, _ended(torch.zeros_like(asked), False))
+        components = torch.zeros(*self.batch_size, len(COMPONENTS))
+        return self._observe(self.state, asked, {"components": components, **_ended(torch.zeros_like(asked), False)})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         if self.state is None:
@@ -179,28 +183,55 @@ class GrowthEnv(EnvBase):
             param_budget=torch.as_tensor(prices.budget).expand(self.batch_size),
             **({} if twin is None else {"twin": twin[:, epoch - 1 : epoch + 1]}),
         )
-        paid = reward(result, prices, terminal=last)
         self.state = TensorDict(
             {
                 "growth": _groups(growth),
                 "tracker": tracker,
                 "episode": self.state["episode"],
                 "epoch": torch.tensor(epoch),
-                "components": torch.stack([paid[name] for name in COMPONENTS], dim=1),
                 **({} if twin is None else {"twin": twin}),
             }
         )
         if last:
             self.finished = self.state
         terminated = (result["panic"] | (last and self.settings.terminal_end)).unsqueeze(-1)
-        ending = {"reward": paid["total"].unsqueeze(-1), **_ended(terminated, last)}
-        observed = self._observe(self.state, torch.zeros_like(terminated), ending)
+        earned = self._unpaid()
+        observed = self._observe(self.state, torch.zeros_like(terminated), {**earned, **_ended(terminated, last)})
+
+        def pay() -> None:
+            paid = reward(result, prices, terminal=last)
+            result["action"], result["reward"], result["components"] = action, paid["total"], paid
+            components = torch.stack([paid[name] for name in COMPONENTS], dim=1)
+            for name, value in (("reward", paid["total"].unsqueeze(-1)), ("components", components)):
+                earned[name].copy_(upload(value, earned[name].device))
+
+        if self._paid_later:
+            self.later(pay)
+        else:
+            pay()
         if self.observer is not None:
-            told = changed(result, action=action, reward=paid["total"], components=paid)
-            self.later(partial(self.observer, told))
+            self.later(partial(self.observer, result))
         if last:
             self.settle()
         return observed
+
+    @contextmanager
+    def paid_later(self) -> Iterator[None]:
+        """Within the block what a step was worth need not be known when it returns, and is filled in `later`: for those
+        who ask for it when the episode is over. Until then it is nan."""
+        self._paid_later = True
+        try:
+            yield
+        finally:
+            self._paid_later = False
+
+    def _unpaid(self) -> dict[str, Tensor]:
+        """Room for what a step was worth, on the environment's device."""
+        n = self.settings.n_hosts
+        return {
+            name: torch.full((n, width), torch.nan, device=self.device)
+            for name, width in (("reward", 1), ("components", len(COMPONENTS)))
+        }
 
     @property
     def overlaps(self) -> bool:
@@ -237,7 +268,6 @@ class GrowthEnv(EnvBase):
                 "tracker": tracker,
                 "episode": torch.tensor(episode),
                 "epoch": torch.tensor(0),
-                "components": torch.zeros(n, len(COMPONENTS)),
                 **({"twin": unknown} if self.settings.twins else {}),
             }
         )
@@ -271,7 +301,8 @@ class GrowthEnv(EnvBase):
         return joined([g["slots"] for g in self.growth()])
 
     def _observe(self, state: TensorDict, is_init: Tensor, ending: Mapping[str, Tensor]) -> TensorDict:
-        """Everything a controller and a learner are told, `[N]`; `ending` are flags and, after a step, its reward."""
+        """Everything a controller and a learner are told, `[N]`; `ending` says what has just happened: the flags, what
+        the reward was made of and, after a step, the reward."""
         records = self.records()
         settings = replace(self.settings.observation, host_parameters=self.host_parameters())
         masks = action_masks(records, settings)
@@ -282,7 +313,6 @@ class GrowthEnv(EnvBase):
                 **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
                 "key": k.fold(keys, Purpose.POLICY, int(state["epoch"])),
                 "is_init": is_init,
-                "components": state["components"],
                 **ending,
             },
             batch_size=self.batch_size,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -84,13 +85,20 @@ def fresh_governor(n_hosts: int, settings: GovernorSettings) -> TensorDict:
     )
 
 
-def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tuple[TensorDict, Tensor]:
-    """Judge one epoch's loss `[N]` of every host; returns the governor and the panics, bool `[N]`.
+class Expectation(NamedTuple):
+    """What a governor expects of the next loss, `[N]`: the mean of its window, the loss above which one is absurd, and
+    whether there are enough losses to tell that a host guesses."""
 
-    Only normal losses enter the window. Until it holds `min_history` of them, the loss of a uniform guess stands in for
-    their mean, so that a run is never unguarded; that a host guesses can only be told afterwards.
+    mean: Tensor
+    threshold: Tensor
+    enough: Tensor
+
+
+def expect(governor: TensorDict, settings: GovernorSettings) -> Expectation:
+    """What to expect, before the epoch's loss is known. Until the window holds `min_history` losses, that of a uniform
+    guess stands in for their mean, so that a run is never unguarded; that a host guesses can only be told afterwards.
     """
-    loss, losses = loss.double(), governor["losses"]
+    losses = governor["losses"]
     width, guess = losses.shape[1], settings.random_guess_loss
     count = governor["seen"].clamp(max=width)
     known = torch.arange(width, device=losses.device) >= width - count[:, None]
@@ -100,14 +108,22 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
     enough = count >= settings.min_history
     mean, spread = mean.masked_fill(~enough, guess), spread.masked_fill(~enough, 0.0)
     threshold = torch.maximum(mean + settings.sensitivity * spread, settings.multiplier * mean)
-    threshold = threshold.clamp(min=settings.absolute)
+    return Expectation(mean, threshold.clamp(min=settings.absolute), enough)
 
+
+def check(
+    governor: TensorDict, loss: Tensor, settings: GovernorSettings, expected: Expectation
+) -> tuple[TensorDict, Tensor]:
+    """Judge one epoch's loss `[N]` of every host by what was expected; returns the governor and the panics, bool `[N]`.
+    Only normal losses enter the window."""
+    loss, losses, guess = loss.double(), governor["losses"], settings.random_guess_loss
+    mean, threshold, enough = expected
     finite = loss.isfinite()
     guessing = enough & (mean < _TRAINED * guess) & ((loss - guess).abs() < _GUESS_TOLERANCE * guess)
     absurd = finite & (loss > threshold)
     normal = finite & ~guessing & ~absurd
     consecutive = (governor["consecutive"] + 1).masked_fill(~absurd, settings.min_panics).masked_fill(normal, 0)
-    reason = torch.full_like(count, Reason.NOT_FINITE)
+    reason = torch.full_like(consecutive, Reason.NOT_FINITE)
     for found, code in ((absurd, Reason.ABSURD_LOSS), (guessing, Reason.GUESSING), (normal, Reason.NORMAL)):
         reason = reason.masked_fill(found, code)
     longer = torch.cat([losses[:, 1:], loss[:, None]], dim=1)
@@ -119,7 +135,7 @@ def check(governor: TensorDict, loss: Tensor, settings: GovernorSettings) -> tup
         reason=reason,
         loss=loss,
         threshold=threshold,
-        restored_epoch=torch.full_like(count, -1),
+        restored_epoch=torch.full_like(consecutive, -1),
     )
     return judged, consecutive >= settings.min_panics
 
@@ -203,7 +219,12 @@ def rollback(growth: TensorDict, panic: Tensor) -> TensorDict:
 
 
 def govern(
-    growth: TensorDict, layout: bank.BankLayout, metrics: TensorDict, settings: GovernorSettings, finite: Tensor
+    growth: TensorDict,
+    layout: bank.BankLayout,
+    metrics: TensorDict,
+    settings: GovernorSettings,
+    finite: Tensor,
+    expected: Expectation,
 ) -> tuple[TensorDict, TensorDict, TensorDict]:
     """One epoch's check of all hosts of a shard, after their records are written: roll back or take snapshots. `finite`
     bool `[N]` says whether all that a host consists of is.
@@ -215,7 +236,7 @@ def govern(
     """
     sound = finite & metrics["train_loss"].isfinite()
     loss = torch.where(sound, metrics["val_loss"].double(), math.nan)
-    governor, panic = check(growth["governor"], loss, settings)
+    governor, panic = check(growth["governor"], loss, settings, expected)
     judged = changed(growth, governor=governor)
     restored = rollback(judged, panic)
     age = restored["epoch"] - restored["snapshot", "epoch"]

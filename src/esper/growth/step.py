@@ -20,7 +20,7 @@ from esper.data.family import class_names
 from esper.data.splits import Split, Splits
 from esper.growth import optim
 from esper.growth.executors.base import Executor
-from esper.growth.governor import govern, take_snapshot
+from esper.growth.governor import Expectation, expect, govern, take_snapshot
 from esper.growth.plan import Plan, make_plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.state import fresh_growth
@@ -133,9 +133,10 @@ def run_epoch(
     finite = [finite_parts(spec, g) for g in trained]
     measurements = TensorDict()
     gradients: list[TensorDict] = []
+    expected: list[Expectation] = []
 
     def while_scoring() -> None:
-        nonlocal measurements, gradients
+        nonlocal measurements, gradients, expected
         meanwhile()
         for shard, g in zip(shards, trained, strict=True):
             if shard.nursery is not None:
@@ -146,6 +147,7 @@ def run_epoch(
             _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[s.hosts])
             for s, g in zip(shards, trained, strict=True)
         ]
+        expected = [expect(g["governor"], spec.governor) for g in trained]
 
     scores = evaluate(shards, trained, plans, settings, "validation", while_scoring)
     metrics = _metrics(scores)
@@ -153,7 +155,8 @@ def run_epoch(
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
     done, results, standing = [], [], []
-    for shard, g, outcome, sound, gradient in zip(shards, trained, outcomes, finite, gradients, strict=True):
+    parts_of = zip(shards, trained, outcomes, finite, gradients, expected, strict=True)
+    for shard, g, outcome, sound, gradient, expectation in parts_of:
         rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
         contribution, error = contributions(in_stage(g["slots"], BLENDED), scores[rows])
         lived = record_epoch(
@@ -165,7 +168,7 @@ def run_epoch(
             sound_seeds,
         )
         g = changed(g, slots=lived, epoch=g["epoch"] + 1)
-        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor, sound_host.squeeze(1))
+        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor, sound_host.squeeze(1), expectation)
         after = g["slots"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:

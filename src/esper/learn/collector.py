@@ -82,8 +82,8 @@ class BatchFirstCollector(Collector):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Collect one step of all hosts."""
-        with set_exploration_type(self.exploration_type):
+        """Collect one step of all hosts; while GPUs work, what it was worth is filled in before its episode ends."""
+        with set_exploration_type(self.exploration_type), self.growth_env.paid_later():
             step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
         self._steps.append(step)
 

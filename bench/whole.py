@@ -202,8 +202,8 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
     def start(spec: Any, *args: Any) -> TensorDict:
         return fill(spec, fresh_growth(spec, *args), "half")
 
-    def observe(env: GrowthEnv, state: TensorDict, *told: Any) -> TensorDict:
-        return masked(env, state, observing(env, state, *told))
+    def observe(env: GrowthEnv, state: TensorDict, *happened: Any) -> TensorDict:
+        return masked(env, state, observing(env, state, *happened))
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

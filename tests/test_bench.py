@@ -63,8 +63,6 @@ def test_every_section_gives_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert measured["filled"] == 0.5
         assert sum(measured["share"].values()) == pytest.approx(1.0)
         assert all(share > 0.0 for share in measured["share"].values())
-    shares = [found["telemetry"][name]["share"]["events"] for name in ("silent", "told")]
-    assert shares[0] < shares[1], "nothing of a step is written"
     assert found["profile"]["ms"] == pytest.approx(sum(found["profile"]["group_ms"].values()))
 
 

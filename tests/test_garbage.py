@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-import torch
 from tensordict import TensorDict
 
 from engine import tiny_config, tiny_task
@@ -64,4 +63,3 @@ def test_without_gpus_nothing_is_different(env: GrowthEnv) -> None:
         assert gc.isenabled()
         assert gc.get_freeze_count() == 0
         assert env.observer is None
-        assert torch.is_tensor(env.reset()["observation"])

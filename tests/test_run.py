@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from engine import run, tiny_config, tiny_task
 from esper.build import build_controller, build_env
 from esper.config import TrainingConfig
 from esper.environment.env import GrowthEnv
+from esper.growth import governor
 from esper.learn.collector import BatchFirstCollector
 from esper.run import build_learner, train
 from esper.seeds.stages import TRANSITIONS, Stage
@@ -113,10 +116,28 @@ def test_rollouts_are_hosts_by_epochs_with_the_documented_keys() -> None:
 
 
 def test_rollouts_of_gpus_are_paid_when_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that panics begins a new segment, whose first step says what the others were paid in the one before."""
+    check = governor.check
+
+    def panics(books: TensorDict, *given: Any) -> tuple[TensorDict, torch.Tensor]:
+        judged, panic = check(books, *given)
+        return judged, panic | ((judged["seen"] == 2) & (torch.arange(len(panic)) == 0))
+
+    monkeypatch.setattr(governor, "check", panics)
     _, usual = rollout_of()
     monkeypatch.setattr(GrowthEnv, "overlaps", True)
     _, rollout = rollout_of()
+    assert rollout["next", "terminated"][0].any()
+    assert rollout["components"].isfinite().all()
     assert all(torch.equal(part, usual[name]) for name, part in rollout.items(True, True))
+
+
+def test_a_policy_may_return_no_more_than_its_actions() -> None:
+    env = build_env(tiny_config(n_envs=2))
+    wait = torch.zeros(2, 4, dtype=torch.int64)
+    (rollout,) = BatchFirstCollector(env, lambda td: TensorDict({"action": wait}, td.batch_size), rollouts=1)
+    assert rollout["observation"].isfinite().all()
+    assert not rollout["action"].any()
 
 
 def test_only_legal_edges_happen_and_they_are_logged(tmp_path) -> None:

@@ -14,11 +14,11 @@ from esper.recording import uncollected
 
 @contextmanager
 def collected_meanwhile(env: GrowthEnv) -> Iterator[None]:
-    """Within the block Python collects garbage while GPUs work on an epoch, and not while they wait for the next one:
-    left to itself it mostly does so there, where most objects are made, and takes a millisecond or two of every epoch.
+    """Within the block Python collects garbage when a step is told, mostly while GPUs work on the next, and at no other
+    time: left to itself it mostly does so while they wait, where most objects are made.
 
     What exists already is not looked through again until the block is left, or that would take a quarter of a second.
-    Without GPUs nothing waits for Python, and it is left to itself.
+    So blocks may not be within each other. Without GPUs nothing waits for Python, and it is left to itself.
     """
     if not env.overlaps:
         yield

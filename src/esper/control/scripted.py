@@ -28,7 +28,7 @@ class ScriptedPolicy(TensorDictModuleBase):
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Write `action` int64 `[N, 4]` and the carry of the next step."""
         begins = td["is_init"].squeeze(-1)
-        # Collectors hand over TensorDicts without a device of their own.
+        # TorchRL's collectors hand over TensorDicts without a device of their own.
         fresh = self.controller.init(td.batch_size[0]).to(begins.device)
         carry = TensorDict(
             {name: _where(begins, fresh[name], td[key]) for name, key in self.carried.items()}, batch_size=td.batch_size

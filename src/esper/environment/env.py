@@ -145,9 +145,10 @@ class GrowthEnv(EnvBase):
         return [self.finished["growth", str(i)] for i in range(len(self.backend.places))]
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        # What hosts were paid in the step before is copied where some of them begin a new segment.
+        self.settle()
         asked = None if tensordict is None else tensordict.get("_reset", None)
         if asked is None or self.state is None or self.epoch >= self.spec.rules.max_epochs:
-            self.settle()
             self.state = self._fresh(self.episode + 1)
             asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         asked = asked.reshape(*self.batch_size, 1)
@@ -219,11 +220,11 @@ class GrowthEnv(EnvBase):
     def paid_later(self) -> Iterator[None]:
         """Within the block what a step was worth need not be known when it returns, and is filled in `later`: for those
         who ask for it when the episode is over. Until then it is nan."""
-        self._paid_later = True
+        before, self._paid_later = self._paid_later, True
         try:
             yield
         finally:
-            self._paid_later = False
+            self._paid_later = before
 
     def _unpaid(self) -> dict[str, Tensor]:
         """Room for what a step was worth, on the environment's device."""

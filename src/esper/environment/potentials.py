@@ -9,8 +9,12 @@ from torch import Tensor
 from esper.seeds.stages import GATE_OF, TRANSITIONS, Stage, probation_epochs
 
 POTENTIAL_FIELDS = (
-    *("stage", "epochs_in_stage", "contribution"),
-    *("accuracy_current", "accuracy_initial", "accuracy_at_germination"),
+    "stage",
+    "epochs_in_stage",
+    "contribution",
+    "accuracy_current",
+    "accuracy_initial",
+    "accuracy_at_germination",
 )
 """What `stage_potential` and `credited` read of slot records."""
 _POTENTIAL = {

@@ -7,7 +7,6 @@ The environment is batch-first inside: every device is issued its hosts' trainin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -39,7 +38,6 @@ class BatchFirstCollector(Collector):
         rollouts: int,
         exploration: ExplorationType = ExplorationType.RANDOM,
         between: Callable[[], None] | None = None,
-        **options: Any,
     ) -> None:
         if rollouts < 1:
             raise ValueError(f"rollouts: {rollouts}; must be at least 1")
@@ -59,7 +57,6 @@ class BatchFirstCollector(Collector):
             return_same_td=True,
             no_cuda_sync=True,
             exploration_type=exploration,
-            **options,
         )
         self.growth_env = env
         self.between = between
@@ -84,7 +81,10 @@ class BatchFirstCollector(Collector):
     def advance(self) -> None:
         """Collect one step of all hosts; while GPUs work, what it was worth is filled in before its episode ends."""
         with set_exploration_type(self.exploration_type), self.growth_env.paid_later():
-            step, self._carrier = self.env.step_and_maybe_reset(self.policy(self._carrier))
+            chosen = self.policy(self._carrier)
+            if chosen is not self._carrier:
+                self._carrier.update(chosen)
+            step, self._carrier = self.env.step_and_maybe_reset(self._carrier)
         self._steps.append(step)
 
     def position(self) -> Callable[[], TensorDict]:

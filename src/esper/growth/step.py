@@ -155,8 +155,8 @@ def run_epoch(
     metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
 
     done, results, standing = [], [], []
-    parts_of = zip(shards, trained, outcomes, finite, gradients, expected, strict=True)
-    for shard, g, outcome, sound, gradient, expectation in parts_of:
+    per_shard = zip(shards, trained, outcomes, finite, gradients, expected, strict=True)
+    for shard, g, outcome, sound, gradient, expectation in per_shard:
         rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
         contribution, error = contributions(in_stage(g["slots"], BLENDED), scores[rows])
         lived = record_epoch(

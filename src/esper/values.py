@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,3 +53,26 @@ def finite_rows(tensors: Sequence[Tensor]) -> Tensor:
     # Extremes are finite exactly if everything is, and take no memory.
     extremes = torch.stack([extreme for rows in flat for extreme in (rows.amax(dim=1), rows.amin(dim=1))], dim=1)
     return extremes.isfinite().unflatten(1, (-1, 2)).all(dim=2)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; a CUDA device is not waited for."""
+    if device.type == "cpu" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Send tensors to the CPU. The result waits for them to arrive, but not for what their device is given to do after
+    this; a CUDA device is not waited for here."""
+    if not tensors[0].is_cuda:
+        return lambda: list(tensors)
+    arriving = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    sent = torch.cuda.Event()
+    sent.record(torch.cuda.current_stream(tensors[0].device))
+
+    def arrived() -> list[Tensor]:
+        sent.synchronize()
+        return arriving
+
+    return arrived

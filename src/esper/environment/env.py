@@ -25,13 +25,12 @@ from esper.environment.rewards import COMPONENTS, RewardSettings, reward
 from esper.environment.signals import SignalTracker
 from esper.environment.twin import twin_accuracies
 from esper.growth.backend import Backend
-from esper.growth.executors.seating import upload
 from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS
-from esper.values import changed, joined
+from esper.values import changed, joined, upload
 
 Observer = Callable[[TensorDict], None]
 """Told what happened in every step, for telemetry; must not change it. See `GrowthEnv.later` for when."""

@@ -22,13 +22,14 @@ from torch import Tensor
 from esper.growth.executors import coalitions
 from esper.growth.executors.base import Rooms
 from esper.growth.executors.coalitions import Room, Scoring
-from esper.growth.executors.seating import Capacity, as_table, enlarged, fits, upload
+from esper.growth.executors.seating import Capacity, as_table, enlarged, fits
 from esper.growth.executors.stacked import StackedExecutor, Training
 from esper.growth.plan import Plan
 from esper.growth.spec import GrowthSpec
 from esper.growth.trees import leaves, tree_map
 from esper.hosts.base import Tree
 from esper.recording import uncollected
+from esper.values import upload
 
 Pool = Any
 """A handle of memory that recordings share."""

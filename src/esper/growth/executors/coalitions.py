@@ -24,12 +24,10 @@ from esper.growth.executors.seating import (
     Seating,
     Table,
     demand,
-    download,
     enlarged,
     fill,
     fits,
     seat_plan,
-    upload,
 )
 from esper.growth.executors.seeds import addresses, fetch, grow, numbered, seat_columns, select, strength
 from esper.growth.forward import correct, mean_loss
@@ -37,6 +35,7 @@ from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tree
 from esper.hosts import ops
 from esper.hosts.base import Tree
+from esper.values import download, upload
 
 
 @dataclass(frozen=True)

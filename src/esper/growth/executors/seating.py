@@ -7,7 +7,7 @@ depends on the number of seats alone; a free seat computes nothing that anyone r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esper.growth.plan import Mode, Plan
 from esper.growth.spec import GrowthSpec
+from esper.values import upload
 
 BYPASS, STRAIGHT, BLEND, SHADOW = range(4)
 _CODES = {Mode.STRAIGHT_THROUGH: STRAIGHT, Mode.BLEND: BLEND, Mode.SHADOW: SHADOW}
@@ -170,26 +171,3 @@ def seat_plan(table: Table, capacity: Capacity, device: torch.device) -> Seating
     by_seat[:, before[slots] + seat[hosts, slots]] = values
     data = torch.cat([by_seat.flatten(), seat.T.flatten(), table.mode.T.flatten()])
     return Seating(capacity, seat, upload(data, device))
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`; a CUDA device is not waited for."""
-    if device.type == "cpu" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def download(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Send tensors to the CPU. The result waits for them to arrive, but not for what their device is given to do after
-    this; a CUDA device is not waited for here."""
-    if not tensors[0].is_cuda:
-        return lambda: list(tensors)
-    arriving = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-    sent = torch.cuda.Event()
-    sent.record(torch.cuda.current_stream(tensors[0].device))
-
-    def arrived() -> list[Tensor]:
-        sent.synchronize()
-        return arriving
-
-    return arrived

@@ -30,9 +30,7 @@ from esper.growth.executors.seating import (
     Table,
     as_table,
     demand,
-    download,
     seat_plan,
-    upload,
 )
 from esper.growth.executors.seeds import (
     SlotSeeds,
@@ -50,7 +48,7 @@ from esper.growth.spec import GrowthSpec
 from esper.growth.trees import as_tensordict, as_tree, leaves, like, tree_map
 from esper.hosts.base import Tree
 from esper.hosts.ops import fused
-from esper.values import changed
+from esper.values import changed, download, upload
 
 
 @dataclass

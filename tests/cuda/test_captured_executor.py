@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from esper.seeds.nursery import Nursery
 from esper.values import changed
 from growth.test_executors_against_oracle import batches, grown
 from tiny import differing, tiny_spec
+from waiting import without_waiting
 
 pytestmark = [
     pytest.mark.cuda,
@@ -201,19 +204,16 @@ def test_nothing_waits_for_the_device_within_an_epoch(executor: str) -> None:
     other = state.clone()
     other["slots", "alpha"] = other["slots", "alpha"] * 0.5
     carry, calibration = runner.begin(other, plan), data[0][0][0]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         for t, (x, y) in enumerate(data):
             carry = runner.train_step(carry, x, y, rates["host"], rates["seed"], keys, t == len(data) - 1)
         trained = runner.finish(carry, other)
-        # Scoring is issued while the device still trains; only the recorded program keeps its layout for that.
-        torch.cuda.set_sync_debug_mode("error" if executor == "captured" else "default")
+    # Scoring is issued while the device still trains; only the recorded program keeps its layout for that.
+    with without_waiting() if executor == "captured" else nullcontext():
         scoring = runner.begin_evaluation(trained, plan, calibration)
-        torch.cuda.set_sync_debug_mode("error")
+    with without_waiting():
         for x, y in data:
             scoring = runner.evaluate_step(scoring, x[0], y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.cuda._sleep(2_000_000_000)
     busy = torch.cuda.Event()
     busy.record()

@@ -6,6 +6,7 @@ import torch
 from esper import keys as k
 from esper.data.batches import SharedBatchIterator, calibration_batch, evaluation_batches
 from esper.data.splits import Split, Splits
+from waiting import without_waiting
 
 RUN = k.root(1)
 HOSTS = k.host_keys(RUN, 3)
@@ -96,11 +97,8 @@ def test_an_epoch_on_a_device_never_waits_and_matches_the_cpu():
     data, keys = splits(100), k.host_keys(RUN, 4)
     expected = list(SharedBatchIterator([data], [keys], 16, 5, augment=True))
     batches = SharedBatchIterator([data.to("cuda")], [keys.to("cuda")], 16, 5, augment=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         drawn = list(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for ((x, y),), ((x_cpu, y_cpu),) in zip(drawn, expected, strict=True):
         assert torch.equal(x.cpu(), x_cpu)
         assert torch.equal(y.cpu(), y_cpu)

@@ -380,7 +380,8 @@ def profile(bench: Bench, row: Row) -> None:
     for _ in range(3):
         step()
     runs.wait(bench.device)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as trace:
+    activities = [ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as trace:
         for _ in range(rounds):
             step()
         runs.wait(bench.device)
@@ -426,6 +427,9 @@ def planned(given: argparse.Namespace) -> Iterator[Row]:
         "precision": ["fp64", "fp32", "bf16"],
     }
     for section in given.only:
+        if section == "scaling" and torch.cuda.device_count() == 1:
+            print("scaling: left out, it takes two GPUs")
+            continue
         fields = SECTIONS[section][1]
         for values in product(*(choices[field] for field in fields)):
             yield {"section": section, **dict(zip(fields, values, strict=True))}

@@ -211,7 +211,7 @@ def measure(row: dict[str, Any], task: str, n: int, amp: str, devices: list[str]
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         stack.enter_context(patch.object(step, "fresh_growth", start))
         stack.enter_context(patch.object(GrowthEnv, "_observe", observe))
-        stack.enter_context(patch.object(GrowthEnv, "_step", clock.stepped(GrowthEnv._step)))
+        stack.enter_context(patch.object(GrowthEnv, "advance", clock.stepped(GrowthEnv.advance)))
         if not told:
             stack.enter_context(patch.object(engine, "record_step", lambda *step: None))
         stack.callback(stop.set)

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import esper.seeds.blueprints.cnn
 import esper.seeds.blueprints.transformer  # noqa: F401
 from esper import keys as k
 from esper import tasks
 from esper.data.batches import require_batches
-from esper.growth.forward import mean_loss
 from esper.hosts.cnn import CNNHost
 from esper.seeds.blueprints import registry
 
@@ -93,7 +93,11 @@ def test_a_language_task_starts_at_the_loss_of_a_uniform_guess(name, tmp_path):
         x, y = k.integers(KEY, task.n_outputs, 2, 1, 64)
     params = initial(name)[0][0].to_dict()
     h, _ = host.run_blocks(params, {}, host.embed(params, x), 0, host.depth, momentum=None)
-    assert float(mean_loss(host.head(params, h), y)) == pytest.approx(task.random_guess_loss, rel=0.03)
+    # The head is the embedding, so a fresh host guesses the same token again a little more often than any other; how
+    # often that is right depends on the tables in the text.
+    other = x != y
+    loss = F.cross_entropy(host.head(params, h)[other], y[other])
+    assert float(loss) == pytest.approx(task.random_guess_loss, rel=0.01)
 
 
 @pytest.mark.parametrize("name", tasks.task_names())

@@ -43,7 +43,8 @@ class RecordedPolicy(TensorDictModuleBase):
         if wanted not in self._programs:
             self._programs[wanted] = self._record(td)
         graph, inputs, outputs = self._programs[wanted]
-        inputs.update_(td.select(*self.in_keys))
+        for name in self.in_keys:
+            inputs[name].copy_(td[name])
         graph.replay()
         for key in self.out_keys:
             td.set(key, outputs[key].clone())

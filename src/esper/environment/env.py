@@ -19,11 +19,11 @@ from torchrl.envs import EnvBase
 
 from esper import keys as k
 from esper.data.family import draws
-from esper.environment.masks import action_masks
-from esper.environment.observation import ObservationSettings, observe
+from esper.environment.observation import ObservationSettings
 from esper.environment.rewards import COMPONENTS, RewardSettings, reward
 from esper.environment.signals import SignalTracker
 from esper.environment.twin import twin_accuracies
+from esper.environment.view import View
 from esper.growth.backend import Backend
 from esper.growth.spec import GrowthSpec
 from esper.keys import Purpose
@@ -83,8 +83,10 @@ class GrowthEnv(EnvBase):
         self.observer = observer
         self.state: TensorDict | None = None
         self.finished: TensorDict | None = None
+        self.ended = False
         self._outstanding: list[Callable[[], None]] = []
         self._paid_later = False
+        self._view = View(settings.observation, self.device)
         self._layout = torch.tensor([spec.slots.index(name) if name in spec.slots else -1 for name in LAYOUT])
         self._make_specs()
 
@@ -155,6 +157,11 @@ class GrowthEnv(EnvBase):
         return self._observe(self.state, asked, {"components": components, **_ended(torch.zeros_like(asked), False)})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        return self.advance(tensordict)
+
+    def advance(self, tensordict: TensorDictBase) -> TensorDict:
+        """`step` without what TorchRL does around it for environments of every kind: carries out `action` `[N, 4]` and
+        returns what follows, the entries of a step's `next`."""
         if self.state is None:
             raise RuntimeError("step before reset")
         action = tensordict["action"].cpu()
@@ -173,14 +180,12 @@ class GrowthEnv(EnvBase):
         last = epoch >= self.spec.rules.max_epochs
         unsettled = ~tracker["stabilized"]
         tracker = self.settings.tracker.update(tracker, result["metrics"])
-        prices = replace(self.settings.reward, host_parameters=self.host_parameters())
         result = changed(
             result,
             replaced=self.backend.replaced(),
             stabilized=tracker["stabilized"] & unsettled,
             tracker=tracker,
-            host_parameters=prices.host_parameters,
-            param_budget=torch.as_tensor(prices.budget).expand(self.batch_size),
+            host_parameters=self.host_parameters(),
             **({} if twin is None else {"twin": twin[:, epoch - 1 : epoch + 1]}),
         )
         self.state = TensorDict(
@@ -195,11 +200,14 @@ class GrowthEnv(EnvBase):
         if last:
             self.finished = self.state
         terminated = (result["panic"] | (last and self.settings.terminal_end)).unsqueeze(-1)
+        self.ended = last or bool(terminated.any())
         earned = self._unpaid()
         observed = self._observe(self.state, torch.zeros_like(terminated), {**earned, **_ended(terminated, last)})
 
         def pay() -> None:
+            prices = replace(self.settings.reward, host_parameters=result["host_parameters"])
             paid = reward(result, prices, terminal=last)
+            result["param_budget"] = torch.as_tensor(prices.budget).expand(self.batch_size)
             result["action"], result["reward"], result["components"] = action, paid["total"], paid
             components = torch.stack([paid[name] for name in COMPONENTS], dim=1)
             for name, value in (("reward", paid["total"].unsqueeze(-1)), ("components", components)):
@@ -303,21 +311,10 @@ class GrowthEnv(EnvBase):
     def _observe(self, state: TensorDict, is_init: Tensor, ending: Mapping[str, Tensor]) -> TensorDict:
         """Everything a controller and a learner are told, `[N]`; `ending` says what has just happened: the flags, what
         the reward was made of and, after a step, the reward."""
-        records = self.records()
-        settings = replace(self.settings.observation, host_parameters=self.host_parameters())
-        masks = action_masks(records, settings)
         keys = torch.cat([g["key"] for g in self.growth()])
-        observed = TensorDict(
-            {
-                "observation": observe(records, state["tracker"], settings),
-                **{name: masks[name] for name in ("mask_op", "mask_slot", "mask_blueprint", "mask_blend")},
-                "key": k.fold(keys, Purpose.POLICY, int(state["epoch"])),
-                "is_init": is_init,
-                **ending,
-            },
-            batch_size=self.batch_size,
-        )
-        return observed.to(self.device)
+        told = self._view(self.records(), state["tracker"], keys, self.host_parameters())
+        own = {name: upload(value, self.device) for name, value in {"is_init": is_init, **ending}.items()}
+        return TensorDict({**told, **own}, batch_size=self.batch_size, device=self.device)
 
 
 def _ended(terminated: Tensor, last: bool) -> dict[str, Tensor]:

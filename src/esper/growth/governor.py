@@ -24,7 +24,7 @@ from esper.seeds import bank, stages
 from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import clear, put
 from esper.seeds.stages import Stage
-from esper.values import changed
+from esper.values import changed, upload
 
 _GUESS_TOLERANCE = 0.065  # a loss this close to that of a uniform guess, as a share of it, is guessing
 _TRAINED = 0.6  # a mean loss below this share of a uniform guess's belongs to a host that had learned
@@ -143,7 +143,7 @@ def check(
 def choose(mask: Tensor, new: TensorDict, old: TensorDict) -> TensorDict:
     """`new` in the rows where `mask` `[N]` is True, `old` elsewhere; every leaf keeps its bits."""
 
-    at = {device: mask.to(device) for device in {leaf.device for leaf in new.values(True, True)}}
+    at = {device: upload(mask, device) for device in {leaf.device for leaf in new.values(True, True)}}
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(at[a.device].reshape(-1, *[1] * (a.dim() - 1)), a, b)

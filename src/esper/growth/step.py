@@ -30,7 +30,7 @@ from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import apply_action, record_epoch, tick
 from esper.seeds.nursery import Nursery
 from esper.seeds.stages import BLENDED
-from esper.values import changed, finite_rows, joined
+from esper.values import changed, finite_rows, joined, upload
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def train(
 
     Gradients are switched on here because collectors step environments with gradients off.
     """
-    keys = [g["key"].to(s.device) for s, g in zip(shards, growth, strict=True)]
+    keys = [upload(g["key"], s.device) for s, g in zip(shards, growth, strict=True)]
     batches = SharedBatchIterator(
         [s.splits for s in shards],
         keys,

@@ -84,8 +84,14 @@ class BatchFirstCollector(Collector):
             chosen = self.policy(self._carrier)
             if chosen is not self._carrier:
                 self._carrier.update(chosen)
-            step, self._carrier = self.env.step_and_maybe_reset(self._carrier)
-        self._steps.append(step)
+            following = self.growth_env.advance(self._carrier)
+            carried = self._carrier.pop("next", None)
+            if carried is not None:
+                following = carried.update(following)
+            self._steps.append(self._carrier.set("next", following))
+            self._carrier = following.select(*self._given)
+            if self.growth_env.ended:
+                self._carrier = self.env.maybe_reset(self._carrier)
 
     def position(self) -> Callable[[], TensorDict]:
         """Where collecting stands between two steps; call the result for a TensorDict of `carrier` `[N]`, what the

@@ -23,7 +23,7 @@ from esper.hosts.padded import assemble, shape_of, shapes
 from esper.keys import Purpose
 from esper.seeds import blending
 from esper.seeds.blueprints import registry
-from esper.values import changed
+from esper.values import changed, upload
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def plant(
         for columns, rows, fresh in fresh_seeds(
             layout, j, wanted, host_key[hosts], records["planted"][hosts, j], params
         ):
-            places = hosts[rows].to(params.device)
+            places = upload(hosts[rows], params.device)
             params[:, columns].index_copy_(0, places, fresh)
             moments[:, columns].index_fill_(0, places, 0)
     return changed(bank, params=params, moments=moments)
@@ -178,7 +178,7 @@ def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
     """Zero everything in the slots where `removed` `[N, S]`."""
     if not removed.any():
         return bank
-    there = removed.to(bank["params"].device)
+    there = upload(removed, bank["params"].device)
     widths = [columns.stop - columns.start for columns in map(layout.columns, layout.slots)]
     gone = torch.cat([there[:, j, None].expand(-1, width) for j, width in enumerate(widths)], dim=1)
     return changed(bank, **{name: matrix.masked_fill(gone, 0) for name, matrix in bank.items()})

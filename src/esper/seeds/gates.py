@@ -61,10 +61,10 @@ def may_germinate(records: TensorDict, max_seeds: int | None) -> Tensor:
 def in_stage(records: TensorDict, group: tuple[Stage, ...]) -> Tensor:
     """Whether each slot's stage is one of `group`."""
     stage = records["stage"]
-    return _members(group).to(stage.device)[stage]
+    return _members(group, stage.device)[stage]
 
 
 @cache
-def _members(group: tuple[Stage, ...]) -> Tensor:
+def _members(group: tuple[Stage, ...], device: torch.device) -> Tensor:
     """Whether each stage code is in `group`; one look into a table is faster than a comparison for each."""
-    return torch.tensor([code in group for code in range(max(Stage) + 1)])
+    return torch.tensor([code in group for code in range(max(Stage) + 1)], device=device)

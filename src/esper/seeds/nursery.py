@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esper.seeds import bank
 from esper.seeds.bank import BankLayout
-from esper.values import changed
+from esper.values import changed, upload
 
 
 class Nursery:
@@ -62,7 +62,7 @@ class Nursery:
         """`bank.plant`, with what has been drawn already."""
         there = germinated & self._has(host_key, records["planted"])
         if there.any():
-            kind = torch.where(there, records["blueprint"], -1).to(self._device)
+            kind = upload(torch.where(there, records["blueprint"], -1), self._device)
             here = kind.index_select(1, self._slot_of) == self._kind_of
             with self._aside.reading(self._rows) if self._aside else nullcontext():
                 params = torch.where(here, self._rows, seeds["params"])

@@ -40,8 +40,10 @@ def start(tmp_path: Path, *, slow: float = 0.0, broken: bool = False, work: str 
 
 def end(process: subprocess.Popen) -> tuple[int, str, float]:
     begun = time.monotonic()
-    said, _ = process.communicate(timeout=20)
-    return process.returncode, said, time.monotonic() - begun
+    # Not `communicate`, which forgets what came together with the first line.
+    assert process.stdout is not None
+    said = process.stdout.read()
+    return process.wait(timeout=20), said, time.monotonic() - begun
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

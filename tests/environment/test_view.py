@@ -13,7 +13,7 @@ from esper import keys as k
 from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.environment.signals import SignalTracker
-from esper.environment.view import View, _packed, _unpacked
+from esper.environment.view import View, packed, unpacked
 from esper.keys import Purpose
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import Stage
@@ -50,15 +50,20 @@ def test_a_view_is_observation_masks_and_a_key_for_every_epoch() -> None:
 
 def test_packed_tensors_come_out_as_they_went_in() -> None:
     leaves = [
-        torch.tensor([True, False, True]),
-        torch.randn(3, 2),
-        torch.tensor([[1, -(2**60), 3]]),
-        torch.tensor(False),
-        torch.tensor([float("nan"), float("inf")], dtype=torch.float64),
+        torch.tensor([True, False]),
+        torch.randn(2, 3),
+        torch.tensor([[1, -(2**60), 3], [4, 5, 6]]),
+        torch.tensor([[False], [True]]),
+        torch.tensor([float("nan"), float("inf")]),
+        torch.randn(2, 3, 2),
     ]
-    packed = _packed(leaves)
-    assert packed.dtype == torch.uint8
-    for given, found in zip(leaves, _unpacked(packed, leaves), strict=True):
+    together = packed(leaves)
+    assert {dtype: tuple(part.shape) for dtype, part in together.items()} == {
+        torch.bool: (2, 2),
+        torch.float32: (2, 10),
+        torch.int64: (2, 3),
+    }
+    for given, found in zip(leaves, unpacked(together, leaves), strict=True):
         torch.testing.assert_close(found, given, rtol=0, atol=0, equal_nan=True)
 
 

@@ -30,7 +30,7 @@ from esper.keys import Purpose
 from esper.seeds.actions import HEADS, MAX_BLUEPRINTS, SLOT, Op
 from esper.seeds.slots import LAYOUT
 from esper.seeds.stages import BLENDS
-from esper.values import changed, joined, upload
+from esper.values import assembled, changed, joined, upload
 
 Observer = Callable[[TensorDict], None]
 """Told what happened in every step, for telemetry; must not change it. See `GrowthEnv.later` for when."""
@@ -153,8 +153,8 @@ class GrowthEnv(EnvBase):
             self.state = self._fresh(self.episode + 1)
             asked = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         asked = asked.reshape(*self.batch_size, 1)
-        components = torch.zeros(*self.batch_size, len(COMPONENTS))
-        return self._observe(self.state, asked, {"components": components, **_ended(torch.zeros_like(asked), False)})
+        earned = {"components": torch.zeros(*self.batch_size, len(COMPONENTS), device=self.device)}
+        return self._observe(self.state, asked, _ended(torch.zeros_like(asked), False), earned)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         return self.advance(tensordict)
@@ -188,30 +188,27 @@ class GrowthEnv(EnvBase):
             host_parameters=self.host_parameters(),
             **({} if twin is None else {"twin": twin[:, epoch - 1 : epoch + 1]}),
         )
-        self.state = TensorDict(
-            {
-                "growth": _groups(growth),
-                "tracker": tracker,
-                "episode": self.state["episode"],
-                "epoch": torch.tensor(epoch),
-                **({} if twin is None else {"twin": twin}),
-            }
+        self.state = changed(
+            self.state,
+            growth=_groups(growth),
+            tracker=tracker,
+            epoch=torch.tensor(epoch),
+            **({} if twin is None else {"twin": twin}),
         )
         if last:
             self.finished = self.state
         terminated = (result["panic"] | (last and self.settings.terminal_end)).unsqueeze(-1)
         self.ended = last or bool(terminated.any())
         earned = self._unpaid()
-        observed = self._observe(self.state, torch.zeros_like(terminated), {**earned, **_ended(terminated, last)})
+        observed = self._observe(self.state, torch.zeros_like(terminated), _ended(terminated, last), earned)
 
         def pay() -> None:
             prices = replace(self.settings.reward, host_parameters=result["host_parameters"])
             paid = reward(result, prices, terminal=last)
             result["param_budget"] = torch.as_tensor(prices.budget).expand(self.batch_size)
             result["action"], result["reward"], result["components"] = action, paid["total"], paid
-            components = torch.stack([paid[name] for name in COMPONENTS], dim=1)
-            for name, value in (("reward", paid["total"].unsqueeze(-1)), ("components", components)):
-                earned[name].copy_(upload(value, earned[name].device))
+            for name, parts in (("reward", ("total",)), ("components", COMPONENTS)):
+                earned[name].copy_(torch.stack([paid[part] for part in parts], dim=1), non_blocking=True)
 
         if self._paid_later:
             self.later(pay)
@@ -236,10 +233,10 @@ class GrowthEnv(EnvBase):
     def _unpaid(self) -> dict[str, Tensor]:
         """Room for what a step was worth, on the environment's device."""
         n = self.settings.n_hosts
-        return {
-            name: torch.full((n, width), torch.nan, device=self.device)
-            for name, width in (("reward", 1), ("components", len(COMPONENTS)))
-        }
+        reward, components = torch.full((n, 1 + len(COMPONENTS)), torch.nan, device=self.device).tensor_split(
+            [1], dim=1
+        )
+        return {"reward": reward, "components": components}
 
     @property
     def overlaps(self) -> bool:
@@ -295,26 +292,33 @@ class GrowthEnv(EnvBase):
         `host_parameters`, the rate and the size that came of it; None without a family."""
         if self.backend.settings.family is None:
             return None
-        growth = self.growth()
-        drawn = draws(self.backend.settings.family, torch.cat([g["key"] for g in growth]))
-        rates = torch.cat([g["rates", "host"] for g in growth])
+        drawn = draws(self.backend.settings.family, self._keys())
+        rates = torch.cat([g["rates", "host"] for g in self.growth()])
         return drawn.update({"host_lr": rates, "host_parameters": self.host_parameters()})
 
     def host_parameters(self) -> Tensor:
         """Trainable parameters of the present episode's hosts without seeds, int64 `[N]` on the CPU."""
-        return torch.cat([self.spec.parameters_of(g["key"]) for g in self.growth()])
+        return self.spec.parameters_of(self._keys())
 
     def records(self) -> TensorDict:
         """Slot records `[N, S]` of all hosts, on the CPU."""
         return joined([g["slots"] for g in self.growth()])
 
-    def _observe(self, state: TensorDict, is_init: Tensor, ending: Mapping[str, Tensor]) -> TensorDict:
-        """Everything a controller and a learner are told, `[N]`; `ending` says what has just happened: the flags, what
-        the reward was made of and, after a step, the reward."""
-        keys = torch.cat([g["key"] for g in self.growth()])
-        told = self._view(self.records(), state["tracker"], keys, self.host_parameters())
-        own = {name: upload(value, self.device) for name, value in {"is_init": is_init, **ending}.items()}
-        return TensorDict({**told, **own}, batch_size=self.batch_size, device=self.device)
+    def _observe(
+        self, state: TensorDict, is_init: Tensor, ending: Mapping[str, Tensor], earned: Mapping[str, Tensor]
+    ) -> TensorDict:
+        """Everything a controller and a learner are told, `[N]`. What has just happened: `ending` are the flags of
+        segments that ended, `earned` what the reward was made of and, after a step, the reward."""
+        told = self._view(self.records(), state["tracker"], self._keys(), self.host_parameters())
+        flags = {"is_init": is_init, **ending}
+        there = upload(torch.stack(list(flags.values())), self.device).unbind()
+        own = dict(zip(flags, there, strict=True))
+        return assembled({**dict(told.items()), **own, **earned}, self.batch_size, self.device)
+
+    def _keys(self) -> Tensor:
+        """The keys of all hosts, `[N]`."""
+        keys = [g["key"] for g in self.growth()]
+        return keys[0] if len(keys) == 1 else torch.cat(keys)
 
 
 def _ended(terminated: Tensor, last: bool) -> dict[str, Tensor]:
@@ -329,4 +333,4 @@ def episode_keys(seed: int, episode: int, n_hosts: int) -> Tensor:
 
 
 def _groups(growth: Sequence[TensorDict]) -> TensorDict:
-    return TensorDict({str(i): g for i, g in enumerate(growth)})
+    return assembled({str(i): g for i, g in enumerate(growth)}, [])

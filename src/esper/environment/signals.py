@@ -86,13 +86,14 @@ class SignalTracker:
         Deltas are positive for improvement and 0 in the first epoch and wherever either side is not finite; an epoch
         without a delta is neither a plateau epoch nor a stable one.
         """
+        before = dict(state.items())
         loss, accuracy = metrics["val_loss"], metrics["val_accuracy"]
-        previous_loss = state["val_loss"]
-        later = state["epoch"] > 0
+        previous_loss = before["val_loss"]
+        later = before["epoch"] > 0
         loss_delta = _delta(previous_loss - loss, later)
-        accuracy_delta = _delta(accuracy - state["val_accuracy"], later)
+        accuracy_delta = _delta(accuracy - before["val_accuracy"], later)
 
-        plateau = state["plateau_epochs"]
+        plateau = before["plateau_epochs"]
         flat = accuracy_delta < self.plateau_threshold
         stable = (
             later
@@ -101,24 +102,24 @@ class SignalTracker:
             & (loss_delta < self.stabilization_threshold * previous_loss)
             & (loss < _EXPLODED * previous_loss)
         )
-        stable_count = torch.where(stable, state["stable_count"] + 1, 0)
+        stable_count = torch.where(stable, before["stable_count"] + 1, 0)
         return changed(
             state,
-            epoch=state["epoch"] + 1,
+            epoch=before["epoch"] + 1,
             train_loss=metrics["train_loss"],
             val_loss=loss,
             train_accuracy=metrics["train_accuracy"],
             val_accuracy=accuracy,
-            previous_val_accuracy=state["val_accuracy"],
+            previous_val_accuracy=before["val_accuracy"],
             loss_delta=loss_delta,
             accuracy_delta=accuracy_delta,
             plateau_epochs=torch.where(later & flat, plateau + 1, 0),
-            best_val_accuracy=torch.fmax(state["best_val_accuracy"], accuracy),
-            best_val_loss=torch.fmin(state["best_val_loss"], loss),
-            loss_history=_push(state["loss_history"], loss),
-            accuracy_history=_push(state["accuracy_history"], accuracy),
+            best_val_accuracy=torch.fmax(before["best_val_accuracy"], accuracy),
+            best_val_loss=torch.fmin(before["best_val_loss"], loss),
+            loss_history=_push(before["loss_history"], loss),
+            accuracy_history=_push(before["accuracy_history"], accuracy),
             stable_count=stable_count,
-            stabilized=state["stabilized"] | (stable_count >= self.stabilization_epochs),
+            stabilized=before["stabilized"] | (stable_count >= self.stabilization_epochs),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from tensordict import TensorDict
@@ -30,7 +31,7 @@ from esper.seeds.gates import in_stage
 from esper.seeds.lifecycle import apply_action, record_epoch, tick
 from esper.seeds.nursery import Nursery
 from esper.seeds.stages import BLENDED
-from esper.values import changed, finite_rows, joined, upload
+from esper.values import assembled, changed, finite_rows, joined, upload
 
 
 @dataclass(frozen=True)
@@ -144,36 +145,31 @@ def run_epoch(
         # Training is over long before scoring is, and reading what it measured takes a while.
         measurements = measured()
         gradients = [
-            _gradients(spec.parameters_of(g["key"]), g["slots"], measurements[s.hosts])
-            for s, g in zip(shards, trained, strict=True)
+            _gradients(spec.parameters_of(g["key"]), g["slots"], own)
+            for own, g in zip(_shared_out(measurements, shards), trained, strict=True)
         ]
         expected = [expect(g["governor"], spec.governor) for g in trained]
 
     scores = evaluate(shards, trained, plans, settings, "validation", while_scoring)
-    metrics = _metrics(scores)
-    metrics["train_loss"] = measurements["loss"].float()
-    metrics["train_accuracy"] = 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1)
+    learned = {
+        "train_loss": measurements["loss"].float(),
+        "train_accuracy": 100.0 * measurements["correct"] / measurements["seen"].clamp(min=1),
+    }
+    metrics = changed(_metrics(scores), **learned)
 
     done, results, standing = [], [], []
-    per_shard = zip(shards, trained, outcomes, finite, gradients, expected, strict=True)
-    for shard, g, outcome, sound, gradient, expectation in per_shard:
-        rows, (sound_host, sound_seeds) = shard.hosts, sound.cpu().tensor_split([1], dim=1)
-        contribution, error = contributions(in_stage(g["slots"], BLENDED), scores[rows])
-        lived = record_epoch(
-            g["slots"],
-            metrics["val_accuracy"][rows],
-            contribution,
-            error,
-            gradient,
-            sound_seeds,
-        )
+    of_shards = _shared_out(scores, shards), _shared_out(metrics, shards)
+    per_shard = zip(shards, trained, outcomes, finite, gradients, expected, *of_shards, strict=True)
+    for shard, g, outcome, sound, gradient, expectation, scored, own_metrics in per_shard:
+        sound_host, sound_seeds = sound.cpu().tensor_split([1], dim=1)
+        contribution, error = contributions(in_stage(g["slots"], BLENDED), scored)
+        lived = record_epoch(g["slots"], own_metrics["val_accuracy"], contribution, error, gradient, sound_seeds)
         g = changed(g, slots=lived, epoch=g["epoch"] + 1)
-        g, stands, report = govern(g, spec.bank, metrics[rows], spec.governor, sound_host.squeeze(1), expectation)
+        g, stands, report = govern(g, spec.bank, own_metrics, spec.governor, sound_host.squeeze(1), expectation)
         after = g["slots"]
         auto_culled = torch.zeros_like(after["healthy"])
         if epoch + 1 < spec.rules.max_epochs:
             after, auto_culled = tick(after, spec.rules)
-        outcome["auto_culled"] = auto_culled
         removed = bank.uproot(g["seeds"], spec.bank, auto_culled)
         done.append(changed(g, slots=after, seeds=removed))
         standing.append(stands)
@@ -181,11 +177,11 @@ def run_epoch(
             "key": g["key"],
             "lived": lived,
             "after": after,
-            "outcome": outcome,
-            "panic": report.pop("panic"),
-            "governor": report,
+            "outcome": changed(outcome, auto_culled=auto_culled),
+            "panic": report["panic"],
+            "governor": assembled({name: value for name, value in report.items() if name != "panic"}, [shard.size]),
         }
-        results.append(TensorDict(parts, batch_size=[shard.size]))
+        results.append(assembled(parts, [shard.size]))
     also = {"before": joined(before), "metrics": joined(standing), "restarted": torch.cat(restarted)}
     return done, changed(joined(results), **also)
 
@@ -271,11 +267,22 @@ def contributions(live: Tensor, scores: TensorDict) -> tuple[Tensor, Tensor]:
     correct, seen = scores["correct"].double(), scores["seen"].double()[:, None]
     n_slots = live.shape[1]
     # A coalition with slots that are not live counts as the one without them, so the last one is everybody.
-    without = correct[:, (2**n_slots - 1) - (1 << torch.arange(n_slots))]
+    without = correct.index_select(1, _without_one(n_slots))
     gain = (correct[:, -1:] - without) / seen
     variance = (scores["differ"].double() / seen - gain**2).clamp(min=0.0)
     value, error = 100.0 * gain, 100.0 * (variance / seen).sqrt()
     return value.masked_fill(~live, torch.nan).float(), error.masked_fill(~live, torch.nan).float()
+
+
+def _shared_out(value: TensorDict, shards: Sequence[Shard]) -> list[TensorDict]:
+    """The rows of every shard's hosts: what `joined` puts together."""
+    return [value] if len(shards) == 1 else [value[shard.hosts] for shard in shards]
+
+
+@cache
+def _without_one(n_slots: int) -> Tensor:
+    """The coalitions that lack one slot, by slot."""
+    return (2**n_slots - 1) - (1 << torch.arange(n_slots))
 
 
 def finite_parts(spec: GrowthSpec, growth: TensorDict) -> Tensor:
@@ -305,14 +312,9 @@ def _gradients(host_parameters: Tensor, records: TensorDict, measured: TensorDic
 
 def _metrics(scores: TensorDict) -> TensorDict:
     seen = scores["seen"].double()
-    return TensorDict(
-        {
-            "val_loss": (scores["loss"] / seen).float(),
-            "val_accuracy": (100.0 * scores["correct"][:, -1] / seen).float(),
-            "coalitions": (100.0 * scores["correct"] / seen[:, None]).float(),
-        },
-        batch_size=scores.batch_size,
-    )
+    accuracies = (100.0 * scores["correct"] / seen[:, None]).float()
+    entries = {"val_loss": (scores["loss"] / seen).float(), "val_accuracy": accuracies[:, -1], "coalitions": accuracies}
+    return assembled(entries, scores.batch_size)
 
 
 def _part(splits: Splits, part: str) -> Split:

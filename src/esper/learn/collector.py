@@ -85,9 +85,8 @@ class BatchFirstCollector(Collector):
             if chosen is not self._carrier:
                 self._carrier.update(chosen)
             following = self.growth_env.advance(self._carrier)
-            carried = self._carrier.pop("next", None)
-            if carried is not None:
-                following = carried.update(following)
+            for name, value in self._carrier.pop("next", {}).items():
+                following.setdefault(name, value)
             self._steps.append(self._carrier.set("next", following))
             self._carrier = following.select(*self._given)
             if self.growth_env.ended:

@@ -72,7 +72,7 @@ class Learner:
             gradients=self.gradients,
         )
         self.rollouts += 1
-        if not torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all():
+        if not torch.cat([p.detach().flatten() for p in self.policy.parameters()]).isfinite().all():
             metrics["non_finite/weights"] = 1.0
         if any(name.startswith("non_finite/") for name in metrics):
             self.load_state(before)

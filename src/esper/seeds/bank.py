@@ -74,6 +74,11 @@ class BankLayout:
         """W, the numbers in one row."""
         return self.columns(self.slots[-1]).stop
 
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """How many columns belong to each slot."""
+        return tuple(columns.stop - columns.start for columns in map(self.columns, self.slots))
+
     def columns(self, slot: str) -> slice:
         """The columns of everything that can be planted in a slot."""
         first, last = (self.kinds[slot, self.blueprints[i]].columns for i in (0, -1))
@@ -179,6 +184,6 @@ def uproot(bank: TensorDict, layout: BankLayout, removed: Tensor) -> TensorDict:
     if not removed.any():
         return bank
     there = upload(removed, bank["params"].device)
-    widths = [columns.stop - columns.start for columns in map(layout.columns, layout.slots)]
-    gone = torch.cat([there[:, j, None].expand(-1, width) for j, width in enumerate(widths)], dim=1)
+    slots = zip(there.split(1, dim=1), layout.widths, strict=True)
+    gone = torch.cat([slot.expand(-1, width) for slot, width in slots], dim=1)
     return changed(bank, **{name: matrix.masked_fill(gone, 0) for name, matrix in bank.items()})

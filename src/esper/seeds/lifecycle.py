@@ -16,9 +16,9 @@ from torch import Tensor
 
 from esper.seeds import blending, gates, stages
 from esper.seeds.actions import BLEND, BLUEPRINT, OP, SLOT, Op
-from esper.seeds.slots import emptied
+from esper.seeds.slots import Fields, emptied
 from esper.seeds.stages import Stage
-from esper.values import changed, constant
+from esper.values import assembled, constant
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,27 @@ class LifecycleRules:
 
 def put(records: TensorDict, mask: Tensor, **values: Tensor | float | int | bool) -> TensorDict:
     """Records with `values` written where `mask` `[N, S]` is True."""
+    return _records(_put(dict(records.items()), mask, **values), records)
+
+
+def clear(records: TensorDict, mask: Tensor) -> TensorDict:
+    """Empty the masked slots; only the number of seeds ever planted survives."""
+    return records if _nowhere(mask) else _records(emptied(dict(records.items()), mask), records)
+
+
+def _records(fields: Fields, like: TensorDict) -> TensorDict:
+    return assembled(fields, like.batch_size, like.device)
+
+
+def _put(fields: Fields, mask: Tensor, **values: Tensor | float | int | bool) -> Fields:
     if _nowhere(mask):
-        return records
-    written = {}
+        return fields
+    written = dict(fields)
     for name, value in values.items():
-        old = records[name]
+        old = fields[name]
         new = value.to(old.dtype) if isinstance(value, Tensor) else constant(value, old.dtype, old.device)
         written[name] = torch.where(mask, new, old)
-    return changed(records, **written)
+    return written
 
 
 def _nowhere(mask: Tensor) -> bool:
@@ -59,46 +72,42 @@ def _nowhere(mask: Tensor) -> bool:
     return not mask.any()
 
 
-def _enter(records: TensorDict, mask: Tensor, stage: Stage) -> TensorDict:
+def _enter(fields: Fields, mask: Tensor, stage: Stage) -> Fields:
     """Move the masked slots to `stage` and start its books."""
-    return put(
-        records,
+    return _put(
+        fields,
         mask,
-        previous_stage=records["stage"],
-        previous_epochs_in_stage=records["epochs_in_stage"],
+        previous_stage=fields["stage"],
+        previous_epochs_in_stage=fields["epochs_in_stage"],
         stage=stage,
         epochs_in_stage=0,
-        accuracy_at_stage_start=records["accuracy_current"],
+        accuracy_at_stage_start=fields["accuracy_current"],
     )
 
 
-def _start_blending(records: TensorDict, mask: Tensor, rules: LifecycleRules) -> TensorDict:
+def _start_blending(fields: Fields, mask: Tensor, rules: LifecycleRules) -> Fields:
     if _nowhere(mask):
-        return records
-    records = _enter(records, mask, Stage.BLENDING)
-    step = torch.ones_like(records["ramp_step"])
-    return put(
-        records,
+        return fields
+    step = torch.ones_like(fields["ramp_step"])
+    return _put(
+        _enter(fields, mask, Stage.BLENDING),
         mask,
         ramp_step=step,
-        alpha=blending.ramp(step, rules.blending_epochs, records["blend"]),
-        accuracy_at_blending_start=records["accuracy_current"],
+        alpha=blending.ramp(step, rules.blending_epochs, fields["blend"]),
+        accuracy_at_blending_start=fields["accuracy_current"],
     )
 
 
-def clear(records: TensorDict, mask: Tensor) -> TensorDict:
-    """Empty the masked slots; only the number of seeds ever planted survives."""
-    return records if _nowhere(mask) else emptied(records, mask)
-
-
-def _cull(records: TensorDict, mask: Tensor) -> TensorDict:
+def _cull(fields: Fields, mask: Tensor) -> Fields:
     """The masked seeds are gone: the slot shows CULLED until the tick walks it on."""
-    return put(
-        clear(records, mask),
+    if _nowhere(mask):
+        return fields
+    return _put(
+        emptied(fields, mask),
         mask,
         stage=Stage.CULLED,
-        previous_stage=records["stage"],
-        previous_epochs_in_stage=records["epochs_in_stage"],
+        previous_stage=fields["stage"],
+        previous_epochs_in_stage=fields["epochs_in_stage"],
     )
 
 
@@ -142,8 +151,8 @@ def apply_action(
     table = parameters.expand(n_hosts, n_slots, kinds, blends)
     size = table[row, index, blueprint.clamp(0, kinds - 1), blend.clamp(0, blends - 1)]
 
-    records = put(
-        records,
+    fields = _put(
+        dict(records.items()),
         germinated,
         blueprint=blueprint.expand_as(germinated),
         blend=blend.expand_as(germinated),
@@ -154,25 +163,22 @@ def apply_action(
         healthy=True,
         gradient_health=1.0,
     )
-    records = _enter(records, germinated, Stage.GERMINATED)
-    records = _enter(records, gates.g1(records), Stage.TRAINING)
+    fields = _enter(fields, germinated, Stage.GERMINATED)
+    fields = _enter(fields, gates.g1(fields), Stage.TRAINING)
     if rules.incubation == "none":
-        records = _start_blending(records, germinated, rules)
-    records = _cull(records, culled)
-    records = _enter(records, fossilized, Stage.FOSSILIZED)
+        fields = _start_blending(fields, germinated, rules)
+    fields = _cull(fields, culled)
+    fields = _enter(fields, fossilized, Stage.FOSSILIZED)
 
-    outcome = TensorDict(
-        {
-            "op": op,
-            "slot": slot,
-            "success": (op == Op.WAIT) | germinated.any(1) | culled.any(1) | fossilized.any(1),
-            "germinated": germinated,
-            "culled": culled,
-            "fossilized": fossilized,
-        },
-        batch_size=records.batch_size[:1],
-    )
-    return records, outcome
+    outcome = {
+        "op": op,
+        "slot": slot,
+        "success": (op == Op.WAIT) | germinated.any(1) | culled.any(1) | fossilized.any(1),
+        "germinated": germinated,
+        "culled": culled,
+        "fossilized": fossilized,
+    }
+    return _records(fields, records), assembled(outcome, records.batch_size[:1])
 
 
 def record_epoch(
@@ -193,29 +199,30 @@ def record_epoch(
             taken.
         healthy: bool `[N, S]`, all parameters of the seed finite.
     """
-    alive = gates.in_stage(records, stages.OCCUPIED)
-    first = alive & (records["age"] == 0)
+    fields = dict(records.items())
+    alive = gates.in_stage(fields, stages.OCCUPIED)
+    first = alive & (fields["age"] == 0)
     current = accuracy[:, None].expand_as(alive)
-    records = put(records, first, accuracy_initial=current, accuracy_at_stage_start=current, accuracy_best=current)
-    records = put(
-        records,
+    fields = _put(fields, first, accuracy_initial=current, accuracy_at_stage_start=current, accuracy_best=current)
+    fields = _put(
+        fields,
         alive,
         accuracy_current=current,
-        accuracy_best=torch.maximum(records["accuracy_best"], current),
-        age=records["age"] + 1,
-        epochs_in_stage=records["epochs_in_stage"] + 1,
+        accuracy_best=torch.maximum(fields["accuracy_best"], current),
+        age=fields["age"] + 1,
+        epochs_in_stage=fields["epochs_in_stage"] + 1,
         healthy=healthy,
     )
     measured = alive & ~contribution.isnan()
-    stale = alive & ~measured & (records["contribution_age"] >= 0)
-    records = put(records, stale, contribution_age=records["contribution_age"] + 1)
-    records = put(records, measured, contribution=contribution, contribution_se=contribution_se, contribution_age=0)
-    felt = alive & ~gradients["norm"].isnan()
-    old = records["gradient_ratio"]
-    smoothed = torch.where(old.isnan(), gradients["ratio"], 0.9 * old + 0.1 * gradients["ratio"])
-    return put(
-        records, felt, gradient_norm=gradients["norm"], gradient_ratio=smoothed, gradient_health=gradients["health"]
-    )
+    stale = alive & ~measured & (fields["contribution_age"] >= 0)
+    fields = _put(fields, stale, contribution_age=fields["contribution_age"] + 1)
+    fields = _put(fields, measured, contribution=contribution, contribution_se=contribution_se, contribution_age=0)
+    norm, ratio, health = (gradients[name] for name in ("norm", "ratio", "health"))
+    old = fields["gradient_ratio"]
+    smoothed = torch.where(old.isnan(), ratio, 0.9 * old + 0.1 * ratio)
+    felt = alive & ~norm.isnan()
+    fields = _put(fields, felt, gradient_norm=norm, gradient_ratio=smoothed, gradient_health=health)
+    return _records(fields, records)
 
 
 def tick(records: TensorDict, rules: LifecycleRules) -> tuple[TensorDict, Tensor]:
@@ -227,39 +234,39 @@ def tick(records: TensorDict, rules: LifecycleRules) -> tuple[TensorDict, Tensor
     Returns:
         The new records and the bool mask `[N, S]` of seeds that were culled here.
     """
-    before = records
+    before = fields = dict(records.items())
     stage, in_stage = before["stage"], before["epochs_in_stage"]
     ready = (stage == Stage.TRAINING) & (in_stage >= rules.dwell) & gates.g2(before, rules.strict_gates)
-    records = _start_blending(records, ready, rules)
+    fields = _start_blending(fields, ready, rules)
 
     blending_now = stage == Stage.BLENDING
     ramp_done = before["ramp_step"] >= rules.blending_epochs
     step = before["ramp_step"] + 1
-    records = put(
-        records,
+    fields = _put(
+        fields,
         blending_now & ~ramp_done,
         ramp_step=step,
         alpha=blending.ramp(step, rules.blending_epochs, before["blend"]),
     )
     done = blending_now & ramp_done & gates.g3(before)
-    records = put(_enter(records, done, Stage.PROBATIONARY), done, alpha=1.0)
+    fields = _put(_enter(fields, done, Stage.PROBATIONARY), done, alpha=1.0)
 
     probation = stage == Stage.PROBATIONARY
     culled = probation & ((before["contribution"] <= 0.0) | (in_stage >= rules.probation))
-    records = _cull(records, culled)
-    return _walk_tail(records, rules.embargo_epochs), culled
+    fields = _walk_tail(_cull(fields, culled), rules.embargo_epochs)
+    return _records(fields, records), culled
 
 
-def _walk_tail(records: TensorDict, embargo_epochs: int) -> TensorDict:
+def _walk_tail(fields: Fields, embargo_epochs: int) -> Fields:
     """CULLED -> EMBARGOED, where a slot stays for `embargo_epochs` steps, then through RESETTING, which takes no time,
     to DORMANT."""
-    fresh, waiting = records["stage"] == Stage.CULLED, records["stage"] == Stage.EMBARGOED
-    records = put(_enter(records, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
-    records = put(records, waiting, embargo=records["embargo"] - 1)
-    over = (records["stage"] == Stage.EMBARGOED) & (records["embargo"] <= 0)
+    fresh, waiting = fields["stage"] == Stage.CULLED, fields["stage"] == Stage.EMBARGOED
+    fields = _put(_enter(fields, fresh, Stage.EMBARGOED), fresh, embargo=embargo_epochs)
+    fields = _put(fields, waiting, embargo=fields["embargo"] - 1)
+    over = (fields["stage"] == Stage.EMBARGOED) & (fields["embargo"] <= 0)
     # All else was emptied when the seed went.
-    return put(
-        records,
+    return _put(
+        fields,
         over,
         stage=Stage.DORMANT,
         previous_stage=Stage.UNKNOWN,

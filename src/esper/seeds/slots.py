@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import TypeAlias
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from esper.seeds.stages import Stage
-from esper.values import changed, constant
 
 LAYOUT = ("early", "mid", "late")
 """The policy's fixed three-slot layout; hosts may offer any number of slots under any names."""
@@ -20,6 +21,9 @@ def ordered_slots(enabled: Iterable[str], order: tuple[str, ...] = LAYOUT) -> tu
     present = set(enabled)
     return tuple(name for name in order if name in present)
 
+
+Fields: TypeAlias = dict[str, Tensor]
+"""Slot records `[N, S]` while a step rewrites them, for which a TensorDict takes as long as the arithmetic."""
 
 _FIELDS: dict[str, tuple[torch.dtype, float]] = {
     "stage": (torch.int64, Stage.DORMANT),
@@ -50,14 +54,25 @@ _FIELDS: dict[str, tuple[torch.dtype, float]] = {
 }
 
 
-def emptied(records: TensorDict, mask: Tensor) -> TensorDict:
-    """Records whose slots in `mask` `[N, S]` hold nothing; only the number of seeds ever planted survives."""
-    kept = {
-        name: torch.where(mask, constant(value, dtype, mask.device), records[name])
-        for name, (dtype, value) in _FIELDS.items()
-        if name != "planted"
-    }
-    return changed(records, **kept)
+def emptied(fields: Fields, mask: Tensor) -> Fields:
+    """Fields of which the slots in `mask` `[N, S]` hold nothing; only the number of seeds ever planted survives."""
+    kept = dict(fields)
+    for names, empty in _by_type(mask.device):
+        # One operation for all fields of a type, instead of one for each.
+        together = torch.stack([fields[name] for name in names])
+        kept |= zip(names, torch.where(mask, empty, together).unbind(), strict=True)
+    return kept
+
+
+@cache
+def _by_type(device: torch.device) -> list[tuple[tuple[str, ...], Tensor]]:
+    """What an empty slot forgets: the fields of each type and what they are then, `[fields, 1, 1]`."""
+    found = []
+    for wanted in dict.fromkeys(dtype for dtype, _ in _FIELDS.values()):
+        fields = {n: value for n, (dtype, value) in _FIELDS.items() if dtype == wanted and n != "planted"}
+        empty = torch.tensor(list(fields.values()), dtype=wanted, device=device)
+        found.append((tuple(fields), empty[:, None, None]))
+    return found
 
 
 def empty_records(n_hosts: int, n_slots: int) -> TensorDict:

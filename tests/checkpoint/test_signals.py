@@ -42,7 +42,8 @@ def end(process: subprocess.Popen) -> tuple[int, str, float]:
     begun = time.monotonic()
     # Not `communicate`, which forgets what came together with the first line.
     assert process.stdout is not None
-    said = process.stdout.read()
+    with process.stdout:
+        said = process.stdout.read()
     return process.wait(timeout=20), said, time.monotonic() - begun
 
 

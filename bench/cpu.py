@@ -126,7 +126,7 @@ def overhead(n: int, epochs: int) -> float:
 
         return run
 
-    env._step, env._reset = timed(env._step), timed(env._reset)
+    env.advance, env._reset = timed(env.advance), timed(env._reset)
     with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder) / "run", {}) as log:
         writing = 0.0
 

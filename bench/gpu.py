@@ -8,7 +8,7 @@
 | section | rows |
 |---|---|
 | floor | what bandwidth and arithmetic of this device allow |
-| check | distance from the loop over hosts after five steps and scoring, by part |
+| check | distance from the loop over hosts after three steps and scoring, by part |
 | steps | forward, backward and SGD of all hosts on one batch each, without seeds and with mixed ones |
 | coalitions | all eight coalitions of three live slots against one pass of the same hosts, and of hosts without seeds |
 | whole | whole runs in a steady state (`whole.py`), and an epoch of the plain loop |
@@ -135,9 +135,11 @@ class Bench:
         return statistics.median(times[2:])
 
 
-def inputs(host: str, n: int, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(
+    host: str, n: int, batch: int, device: torch.device, dtype: torch.dtype, seed: int = 7
+) -> tuple[Tensor, Tensor]:
     """One random batch for every host."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     if host == "transformer":
         tokens = torch.randint(0, 256, (n, batch, 129), generator=generator).to(device)
         return tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
@@ -170,7 +172,7 @@ def floor(bench: Bench, row: Row) -> None:
 
 
 def check(bench: Bench, row: Row) -> None:
-    """Relative distance from the loop over hosts, by part, after five steps: float64, float32, and bf16 as it is."""
+    """Relative distance from the loop over hosts, by part, after three steps: float64, float32, and bf16 as it is."""
     name = row["precision"]
     dtype = torch.float64 if name == "fp64" else torch.float32
     spec = make_spec(HOSTS[row["host"]], "bf16" if name == "bf16" else "off")
@@ -180,9 +182,7 @@ def check(bench: Bench, row: Row) -> None:
     cast = x.to(dtype) if x.is_floating_point() else x
     there = [value.to(bench.device) for value in (cast, y)]
     found = _outcome(bench.executor(spec), placed(growth, bench.device), spec, *there)
-    row["distance"] = {
-        part: float((found[part] - wanted[part]).norm() / wanted[part].norm().clamp(min=1e-30)) for part in wanted
-    }
+    row["distance"] = _distance(found, wanted)
     row["worst"] = max(row["distance"].values())
     row["ok"] = row["worst"] <= BOUNDS.get(name, float("inf"))
 
@@ -190,20 +190,46 @@ def check(bench: Bench, row: Row) -> None:
 @cache
 def _oracle(host: str) -> tuple[TensorDict, tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Mixed hosts and a batch in float64, and what the loop makes of them. Against another float32 run both would
-    err."""
+    err.
+
+    Where a ReLU is within rounding of zero, two programs that are both right may end 1 % apart. So the first batch is
+    taken on which the loop agrees with itself, to the bound of float32, although all its numbers are off by 1e-6.
+    """
     spec = make_spec(HOSTS[host])
     growth = make_growth(spec, 6, "half", dtype=torch.float64)
-    batch = inputs(host, 6, 16, torch.device("cpu"), torch.float64)
-    return growth, batch, _outcome(LoopExecutor(spec), growth, spec, *batch)
+    for seed in range(100):
+        x, y = inputs(host, 6, 2, torch.device("cpu"), torch.float64, seed)
+        wanted = _outcome(LoopExecutor(spec), growth, spec, x, y)
+        if all(_stable(spec, growth, x, y, wanted, draw) for draw in range(4)):
+            return growth, (x, y), wanted
+    raise RuntimeError(f"{host}: none of 100 batches can be compared in float32")
+
+
+def _stable(spec: GrowthSpec, growth: TensorDict, x: Tensor, y: Tensor, wanted: dict[str, Tensor], draw: int) -> bool:
+    """Whether the loop comes to what is `wanted` from numbers that are off by 1e-6."""
+    generator = torch.Generator().manual_seed(draw)
+
+    def off(t: Tensor) -> Tensor:
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        return t * (1 + 1e-6 * noise) if t.is_floating_point() else t
+
+    near = growth.clone()
+    near["host"], near["seeds"] = near["host"].apply(off), near["seeds"].apply(off)
+    found = _outcome(LoopExecutor(spec), near, spec, off(x), y)
+    return max(_distance(found, wanted).values()) <= BOUNDS["fp32"]
+
+
+def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    return {p: float((found[p] - wanted[p]).norm() / wanted[p].norm().clamp(min=1e-30)) for p in wanted}
 
 
 def _outcome(executor: Executor, growth: TensorDict, spec: GrowthSpec, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Train five steps and score; every number that came out."""
+    """Train three steps and score; every number that came out."""
     plan = make_plan(growth["slots"], spec)
     carry = executor.begin(growth, plan)
     rates, keys = growth["rates"], growth["key"].to(x.device)
-    for t in range(5):
-        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, t == 4)
+    for t in range(3):
+        carry = executor.train_step(carry, x, y, rates["host"], rates["seed"], keys, t == 2)
     trained, measured = executor.finish(carry, growth), executor.measured(carry)
     scoring = executor.begin_evaluation(trained, plan, x[0])
     scores = executor.finish_evaluation(executor.evaluate_step(scoring, x[-1], y))

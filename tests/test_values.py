@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esper.values import constant, finite_rows, put_rows
+from esper.values import constant, finite_rows, put_rows, upload
 
 
 def test_rows_are_replaced_in_a_copy() -> None:
@@ -44,3 +44,17 @@ def test_a_constant_is_a_number_of_the_type_asked_for_and_made_once() -> None:
     assert constant(1, torch.int64, cpu) is found[0]
     assert constant(nan, torch.float32, cpu) is constant(nan, torch.float32, cpu)
     assert constant(nan, torch.float32, cpu).isnan()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("numbers", [10, 100_000])
+def test_an_upload_does_not_wait_and_is_what_was_given_then(numbers: int) -> None:
+    device, given = torch.device("cuda"), torch.randn(numbers)
+    # Memory and kernels are made ready when they are first needed, which waits.
+    upload(given, device)
+    torch.cuda._sleep(1_000_000_000)
+    busy = torch.cuda.current_stream().record_event()
+    expected, there = given.clone(), upload(given, device)
+    given.zero_()
+    assert not busy.query()
+    assert torch.equal(there.cpu(), expected)

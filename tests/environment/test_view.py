@@ -20,21 +20,20 @@ from esper.seeds.stages import Stage
 from records import make_records
 
 SETTINGS = ObservationSettings(LAYOUT, 4, 25, 1000, max_seeds=3)
-N = 12
 
 
-def hosts(seed: int) -> tuple[TensorDict, TensorDict, Tensor, Tensor]:
+def hosts(seed: int, n: int = 12) -> tuple[TensorDict, TensorDict, Tensor, Tensor]:
     """Records, tracker, keys and sizes of hosts with seeds in all stages."""
     generator = torch.Generator().manual_seed(seed)
-    stages = torch.randint(Stage.DORMANT, Stage.RESETTING + 1, (N, len(LAYOUT)), generator=generator)
+    stages = torch.randint(Stage.DORMANT, Stage.RESETTING + 1, (n, len(LAYOUT)), generator=generator)
     fields = {"age": 3, "alpha": 0.5, "blueprint": 1, "contribution": 1.5, "parameters": 70, "gradient_norm": 0.3}
     records = torch.cat([make_records(*({"stage": stage, **fields} for stage in row)) for row in stages.tolist()])
-    tracker, settings = SignalTracker().init(N), SignalTracker()
+    tracker, settings = SignalTracker().init(n), SignalTracker()
     for _ in range(3):
-        numbers = 3.0 * torch.rand(4, N, generator=generator)
+        numbers = 3.0 * torch.rand(4, n, generator=generator)
         names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
-        tracker = settings.update(tracker, TensorDict(dict(zip(names, numbers, strict=True)), [N]))
-    return records, tracker, k.host_keys(k.root(seed), N), torch.arange(1000, 1000 + N)
+        tracker = settings.update(tracker, TensorDict(dict(zip(names, numbers, strict=True)), [n]))
+    return records, tracker, k.host_keys(k.root(seed), n), torch.arange(1000, 1000 + n)
 
 
 def test_a_view_is_observation_masks_and_a_key_for_every_epoch() -> None:
@@ -68,9 +67,10 @@ def test_packed_tensors_come_out_as_they_went_in() -> None:
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_every_view_is_that_of_the_cpu() -> None:
+@pytest.mark.parametrize("n", [12, 300])
+def test_on_a_gpu_every_view_is_that_of_the_cpu(n: int) -> None:
     here, there = (View(SETTINGS, torch.device(device)) for device in ("cpu", "cuda"))
-    seen = [(here(*hosts(seed)), there(*hosts(seed))) for seed in range(3)]
+    seen = [(here(*hosts(seed, n)), there(*hosts(seed, n))) for seed in range(3)]
     for own, told in seen:
         assert told["observation"].is_cuda
         torch.testing.assert_close(told["observation"].cpu(), own["observation"], rtol=1e-6, atol=1e-6)

@@ -84,6 +84,7 @@ class GrowthEnv(EnvBase):
         self.state: TensorDict | None = None
         self.finished: TensorDict | None = None
         self.ended = False
+        """Whether the last step ended the episode, or the segment of any host."""
         self._outstanding: list[Callable[[], None]] = []
         self._paid_later = False
         self._view = View(settings.observation, self.device)

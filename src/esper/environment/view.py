@@ -1,4 +1,4 @@
-"""What a controller is told of each host: a pure function, and on a GPU one launch."""
+"""What a controller is told of each host: a pure function, and on a GPU a recording of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from esper.environment.masks import action_masks
 from esper.environment.observation import ObservationSettings, observe
 from esper.keys import Purpose
 from esper.recording import recorded
+from esper.values import sendable
 
 
 def view(records: TensorDict, tracker: TensorDict, keys: Tensor, settings: ObservationSettings) -> TensorDict:
@@ -27,9 +28,10 @@ def view(records: TensorDict, tracker: TensorDict, keys: Tensor, settings: Obser
 
 
 class _Program(NamedTuple):
-    """A recording, what it reads, by type, and what it fills."""
+    """A recording, the fields of records and tracker that it reads and where, by type, and what it fills."""
 
     graph: torch.cuda.CUDAGraph
+    fields: tuple[list[str], list[str]]
     given: dict[torch.dtype, Tensor]
     told: TensorDict
 
@@ -37,9 +39,9 @@ class _Program(NamedTuple):
 class View:
     """`view` on a device, of what lies on the CPU.
 
-    On a CUDA device it is recorded as a CUDA graph and replayed, and all it reads is sent there in three pieces: a
-    hundred and fifty small operations take as long as one. There it is computed, so an observation may differ from that
-    of a CPU in the last bit of its logarithms.
+    On a CUDA device it is recorded as a CUDA graph and replayed, and what it reads is sent there in one piece for each
+    type: a hundred and fifty small operations take longer. An observation made there may differ from that of a CPU in
+    its last bits.
     """
 
     def __init__(self, settings: ObservationSettings, device: torch.device) -> None:
@@ -47,27 +49,31 @@ class View:
         self._program: _Program | None = None
 
     def __call__(self, records: TensorDict, tracker: TensorDict, keys: Tensor, host_parameters: Tensor) -> TensorDict:
-        """For hosts with so many parameters, int64 `[N]`."""
+        """The arguments and the result are those of `view`, of hosts with so many parameters, int64 `[N]`."""
         if self._device.type == "cpu":
             return view(records, tracker, keys, replace(self._settings, host_parameters=host_parameters))
-        leaves = [*records.values(), *tracker.values(), keys, host_parameters]
+        parts = dict(records.items()), dict(tracker.items())
         if self._program is None:
-            self._program = self._record(leaves, records, tracker)
-        for dtype, given in packed(leaves).items():
-            self._program.given[dtype].copy_(given, non_blocking=True)
+            self._program = self._record(parts, records.batch_size, keys, host_parameters)
+        leaves = [part[name] for part, names in zip(parts, self._program.fields, strict=True) for name in names]
+        for dtype, given in packed([*leaves, keys, host_parameters]).items():
+            self._program.given[dtype].copy_(sendable(given), non_blocking=True)
         self._program.graph.replay()
         return self._program.told.clone()
 
-    def _record(self, leaves: Sequence[Tensor], records: TensorDict, tracker: TensorDict) -> _Program:
-        given = {dtype: part.to(self._device) for dtype, part in packed(leaves).items()}
+    def _record(
+        self, parts: tuple[dict[str, Tensor], dict[str, Tensor]], shape: torch.Size, keys: Tensor, sizes: Tensor
+    ) -> _Program:
+        leaves = [*(leaf for part in parts for leaf in part.values()), keys, sizes]
+        given = {dtype: together.to(self._device) for dtype, together in packed(leaves).items()}
         there = iter(unpacked(given, leaves))
-        own, signals = (
-            TensorDict({name: next(there) for name, _ in part.items()}, batch_size=part.batch_size, device=self._device)
-            for part in (records, tracker)
+        records, tracker = (
+            TensorDict({name: next(there) for name in part}, batch_size=size, device=self._device)
+            for part, size in zip(parts, (shape, shape[:1]), strict=True)
         )
         keys, settings = next(there), replace(self._settings, host_parameters=next(there))
-        graph, told = recorded(lambda: view(own, signals, keys, settings), self._device)
-        return _Program(graph, given, told)
+        graph, told = recorded(lambda: view(records, tracker, keys, settings), self._device)
+        return _Program(graph, (list(parts[0]), list(parts[1])), given, told)
 
 
 def packed(leaves: Sequence[Tensor]) -> dict[torch.dtype, Tensor]:

@@ -22,7 +22,8 @@ class BatchFirstCollector(Collector):
     """Collects whole episodes of a `GrowthEnv` with any TorchRL policy; iterate to get rollouts `[N, T]`.
 
     One rollout is one episode of every host: `T` is the run's `max_epochs`. A policy that carries state offers
-    `make_tensordict_primer()`, whose keys then start at zero at every reset.
+    `make_tensordict_primer()`, whose keys then start at zero at every reset; from step to step it is given those, as it
+    returned them (in `next`, or unchanged), and what the environment tells, nothing else.
 
     A rollout can be left and taken up again between any two of its steps: `between` is called there, `position` is the
     value to keep and `go_on` takes it up. Raises ValueError for fewer than one rollout.
@@ -87,6 +88,8 @@ class BatchFirstCollector(Collector):
             following = self.growth_env.advance(self._carrier)
             for name, value in self._carrier.pop("next", {}).items():
                 following.setdefault(name, value)
+            for name in self._given:
+                following.setdefault(name, self._carrier[name])
             self._steps.append(self._carrier.set("next", following))
             self._carrier = following.select(*self._given)
             if self.growth_env.ended:

@@ -23,7 +23,7 @@ def ordered_slots(enabled: Iterable[str], order: tuple[str, ...] = LAYOUT) -> tu
 
 
 Fields: TypeAlias = dict[str, Tensor]
-"""Slot records `[N, S]` while a step rewrites them, for which a TensorDict takes as long as the arithmetic."""
+"""Slot records `[N, S]` while a step rewrites them; to make a TensorDict takes as long as the arithmetic."""
 
 _FIELDS: dict[str, tuple[torch.dtype, float]] = {
     "stage": (torch.int64, Stage.DORMANT),

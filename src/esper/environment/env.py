@@ -233,10 +233,8 @@ class GrowthEnv(EnvBase):
 
     def _unpaid(self) -> dict[str, Tensor]:
         """Room for what a step was worth, on the environment's device."""
-        n = self.settings.n_hosts
-        reward, components = torch.full((n, 1 + len(COMPONENTS)), torch.nan, device=self.device).tensor_split(
-            [1], dim=1
-        )
+        shape = self.settings.n_hosts, 1 + len(COMPONENTS)
+        reward, components = torch.full(shape, torch.nan, device=self.device).tensor_split([1], dim=1)
         return {"reward": reward, "components": components}
 
     @property

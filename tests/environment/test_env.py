@@ -9,6 +9,7 @@ from torchrl.envs.utils import check_env_specs
 
 from engine import tiny_config, tiny_task
 from esper.build import build_env
+from esper.config import TrainingConfig
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import COMPONENTS
 from esper.growth.executors.stacked import StackedExecutor
@@ -179,3 +180,19 @@ def test_without_gpus_nothing_is_owed() -> None:
     env.reset()
     with env.paid_later():
         assert step(env, [0, 0, 0, Op.WAIT])["reward"].isfinite().all()
+
+
+def test_training_is_measured_over_all_its_samples() -> None:
+    # Without batch statistics, and with weights that stay as they are, training is a pass over the training split.
+    told: list[TensorDict] = []
+    config = TrainingConfig(task="pydocs", n_envs=2, n_episodes=2, train_samples=64, batch_size=16, max_epochs=5)
+    env = build_env(config, told.append)
+    env.reset()
+    for rate in env.growth()[0]["rates"].values():
+        rate.zero_()
+    scores = env.backend.evaluate(env.growth(), "train")
+    step(env, [0, 0, 0, Op.WAIT])
+    metrics, seen = told[0]["metrics"], scores["seen"]
+    torch.testing.assert_close(metrics["train_loss"], (scores["loss"] / seen).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(metrics["train_accuracy"], 100.0 * scores["correct"][:, -1] / seen, rtol=1e-5, atol=0)
+    assert bool((metrics["train_loss"] != metrics["val_loss"]).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -12,6 +14,7 @@ from esper.build import build_env
 from esper.config import TrainingConfig
 from esper.environment.env import GrowthEnv
 from esper.environment.rewards import COMPONENTS
+from esper.environment.signals import SignalTracker
 from esper.growth.executors.stacked import StackedExecutor
 from esper.seeds.actions import Op
 from esper.seeds.stages import Stage
@@ -196,3 +199,18 @@ def test_training_is_measured_over_all_its_samples() -> None:
     torch.testing.assert_close(metrics["train_loss"], (scores["loss"] / seen).float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(metrics["train_accuracy"], 100.0 * scores["correct"][:, -1] / seen, rtol=1e-5, atol=0)
     assert bool((metrics["train_loss"] != metrics["val_loss"]).all())
+
+
+def test_a_host_is_said_to_be_stabilized_once() -> None:
+    told: list[TensorDict] = []
+    env = build_env(tiny_config(n_envs=2, max_epochs=8), told.append)
+    env.reset()
+    # From now on any loss that does not explode is a stable one.
+    env.settings = replace(env.settings, tracker=SignalTracker(stabilization_threshold=10.0))
+    for _ in range(6):
+        step(env, [0, 0, 0, Op.WAIT])
+    said = torch.stack([result["stabilized"] for result in told])
+    held = torch.stack([result["tracker", "stabilized"] for result in told])
+    assert held[-1].all()
+    assert said.sum(0).tolist() == [1, 1]
+    assert torch.equal(said.cumsum(0).bool(), held)

@@ -1,4 +1,4 @@
-"""What an epoch's numbers are made into before they enter the records."""
+"""One epoch: what its steps are given, and what its numbers are made into before they enter the records."""
 
 from __future__ import annotations
 
@@ -7,9 +7,38 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
+from engine import tiny_config, tiny_task
+from esper.build import build_env
+from esper.control.scripted import ScriptedPolicy
+from esper.control.simple import never_grow
+from esper.growth.optim import schedule
 from esper.growth.step import _gradients
 from records import make_records
+
+
+def test_every_step_has_its_own_rate_and_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Tensor, Tensor, Tensor]] = []
+    with tiny_task():
+        env = build_env(tiny_config(n_envs=2, max_epochs=3, lr_schedule="cosine"))
+        kind = type(env.backend.shards[0].executor)
+        train_step = kind.train_step
+
+        def watched(self, carry, x, y, host_lr, seed_lr, keys, measure):
+            given.append((host_lr, seed_lr, keys))
+            return train_step(self, carry, x, y, host_lr, seed_lr, keys, measure)
+
+        monkeypatch.setattr(kind, "train_step", watched)
+        env.rollout(3, ScriptedPolicy(never_grow()), break_when_any_done=False)
+    rates = env.finished_growth()[0]["rates"]
+    assert len(given) % 3 == 0
+    assert len(given) > 3
+    for number, (host_lr, seed_lr, _) in enumerate(given):
+        share = schedule("cosine", number, len(given))
+        torch.testing.assert_close(host_lr, rates["host"] * share)
+        torch.testing.assert_close(seed_lr, rates["seed"] * share)
+    assert len(torch.cat([keys for _, _, keys in given]).unique()) == 2 * len(given)
 
 
 def test_gradients_are_compared_per_parameter() -> None:
